@@ -1,0 +1,181 @@
+"""From logits to one token: filters, then an exact draw by inverting the distribution function.
+
+The filters act in one order: repetition penalty, temperature, top-k, top-p, min-p. Each sees what the one before left,
+renormalised. transformers has the same order. vLLM applies min-p before top-k and top-p; llama.cpp and mlx-lm filter
+first and apply the temperature last. With the temperature first, top_p = 0.9 means nine tenths of the distribution that
+is really drawn from, and a higher temperature widens the choice; with the temperature last neither holds.
+
+Everything here is float64 on the CPU, one row per request. A draw uses one number, and that number is a pure function
+of the request's seed and the token's position: it depends neither on the other rows of a batch nor on where a
+conversation was saved and continued, so no generator state exists that could be lost.
+"""
+
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from isotach.config import Config
+from isotach.errors import UserError
+from isotach.rng import seed_of
+
+
+class Sampling(Config):
+    """How one request is sampled. The defaults draw from the model's own distribution.
+
+    - temperature: divides the logits; 0 takes the likeliest token, the smallest id among equals.
+    - top_k: keep the k likeliest tokens, exactly k, smaller ids first among equals; 0 keeps all.
+    - top_p: keep the fewest likeliest tokens whose probabilities sum to at least top_p; 1 keeps all.
+    - min_p: keep tokens at least min_p times as probable as the likeliest; 0 keeps all.
+    - repetition_penalty: positive logits of tokens that occurred anywhere in the context are divided by it, negative
+      ones multiplied (CTRL, arXiv:1909.05858); 1 changes nothing, below 1 favours repetition.
+    - seed: of the draws; None takes fresh entropy when generation starts.
+    - stop: strings that end the text; neither they nor any beginning of them is ever emitted.
+    - max_tokens: tokens after which generation ends.
+    - logprobs: also report log-probabilities (nats) of the drawn token and of this many likeliest alternatives. They
+      are the model's own, before every filter.
+    """
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+
+    def seeded(self) -> "Sampling":
+        """The same with a seed: its own, or fresh entropy, so that what was drawn can be reported and repeated."""
+        return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(63)})
+
+
+class Drawn(NamedTuple):
+    """One token per row, with what was asked to be known about it."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
+
+
+def draw(
+    logits: Float[Tensor, "R vocab"],
+    samplings: Sequence[Sampling],
+    *,
+    positions: Sequence[int],
+    seen: Bool[Tensor, "R choices"],
+) -> list[Drawn]:
+    """Draw the token at `positions[r]` of every row r; `samplings` are seeded.
+
+    Only the first `choices` ids can be drawn: a vocabulary padded beyond its tokenizer is never sampled there.
+    Raises UserError when a row has no finite largest logit, which only a damaged or diverged model produces.
+    """
+    exact = logits.detach().to("cpu", torch.float64)
+    if not torch.isfinite(exact.amax(-1)).all():
+        raise UserError(
+            "draw: expected finite logits, got NaN or infinity; the weights are damaged or their training diverged"
+        )
+    choices = filtered(exact[:, : seen.shape[-1]], samplings, seen)
+    numbers = [uniform(_seed(sampling), position) for sampling, position in zip(samplings, positions, strict=True)]
+    tokens = invert(choices, torch.tensor(numbers, dtype=torch.float64)).tolist()
+    logprobs = exact.log_softmax(-1)[:, : seen.shape[-1]] if any(s.logprobs is not None for s in samplings) else exact
+    return [_drawn(*row) for row in zip(tokens, logprobs, samplings, strict=True)]
+
+
+def filtered(
+    logits: Float[Tensor, "R V"], samplings: Sequence[Sampling], seen: Bool[Tensor, "R V"]
+) -> Float[Tensor, "R V"]:
+    """Logits of the distribution that is drawn from, float64; -inf where a filter forbids a token."""
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([[getattr(sampling, name)] for sampling in samplings], dtype=torch.float64)
+
+    temperature = column("temperature")
+    greedy = temperature == 0  # the limit of small temperatures: the likeliest token with probability 1
+    x = penalize(logits.double(), seen, column("repetition_penalty"))
+    x = temper(x, torch.where(greedy, 1.0, temperature))
+    x = keep_top_k(x, torch.where(greedy, 1, column("top_k").long()))
+    x = keep_top_p(x, column("top_p"))
+    return keep_min_p(x, column("min_p"))
+
+
+def penalize(
+    logits: Float[Tensor, "R V"], seen: Bool[Tensor, "R V"], penalty: Float[Tensor, "R 1"]
+) -> Float[Tensor, "R V"]:
+    """Make tokens that occurred less likely: l / penalty where l > 0, l * penalty where l < 0."""
+    if bool((penalty == 1).all()):
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def temper(logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+    """Divide by the temperature, measured from the largest logit so that no temperature overflows."""
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
+def keep_top_k(logits: Float[Tensor, "R V"], k: Int[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+    """Forbid all but the k largest, exactly k with smaller ids first among equals; k = 0 forbids nothing."""
+    if not bool(k.any()):
+        return logits
+    vocab = logits.shape[-1]
+    k = torch.where(k == 0, vocab, k).clamp(max=vocab)
+    smallest = logits.topk(int(k.max()), dim=-1).values.gather(-1, k - 1)
+    above, equal = logits > smallest, logits == smallest
+    room = k - above.sum(-1, keepdim=True)
+    return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -torch.inf)
+
+
+def keep_top_p(logits: Float[Tensor, "R V"], p: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+    """Forbid all but the fewest largest whose probability is at least p; smaller ids first among equals."""
+    if bool((p == 1).all()):
+        return logits
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    probability = ranked.softmax(-1)
+    before = probability.cumsum(-1) - probability
+    keep = (before < p) | (p == 1)  # with p = 1 rounding must not cut the tail
+    return logits.masked_fill(~keep.scatter(-1, order, keep), -torch.inf)
+
+
+def keep_min_p(logits: Float[Tensor, "R V"], p: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+    """Forbid tokens less than p times as probable as the likeliest."""
+    if not bool(p.any()):
+        return logits
+    relative = (logits - logits.amax(-1, keepdim=True)).exp()
+    return logits.masked_fill(relative < p, -torch.inf)
+
+
+def invert(logits: Float[Tensor, "R V"], numbers: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
+    """Per row the first token whose cumulative probability exceeds a number in [0, 1): exact to float64.
+
+    In the order of ids, not of probabilities: a rounding difference between two runs then changes the token only when
+    a number falls on a boundary, never because two nearly equal tokens changed places.
+    """
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    # number * total may round up to total, which no token exceeds
+    target = torch.minimum(numbers[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1), a multiple of 2^-53, that decides the token at `position` of the request with `seed`."""
+    return (seed_of(seed, "draw", position) >> 10) * 2.0**-53
+
+
+def _seed(sampling: Sampling) -> int:
+    if sampling.seed is None:
+        raise ValueError("draw: expected seeded samplings, got seed None; call Sampling.seeded() once per request")
+    return sampling.seed
+
+
+def _drawn(token: int, logprobs: Float[Tensor, " V"], sampling: Sampling) -> Drawn:
+    if sampling.logprobs is None:
+        return Drawn(token, None, ())
+    best = logprobs.topk(sampling.logprobs)
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Drawn(token, float(logprobs[token]), top)

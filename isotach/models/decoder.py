@@ -1,0 +1,258 @@
+"""The one language model: tokens -> logits, with its memory as an explicit value.
+
+    x ← embed(tokens) · √D
+    per block:  x ← x + mixer(norm(x));  x ← x + GLU(norm(x))
+    logits = head(norm(x))
+
+Which mixer sits in which layer is a pattern of names, repeated over the depth. As published for TransNormerLLM
+(arXiv:2307.14995): SimpleRMSNorm before each part and at the end, biases nowhere, weights from N(0, 0.02).
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from isotach import config as configuration
+from isotach import mixers
+from isotach.config import Config
+from isotach.errors import UserError
+from isotach.files import write_atomically
+from isotach.models.presets import preset
+from isotach.models.state import DecoderState
+from isotach.nn.ffn import GLU, Activation
+from isotach.nn.mixer import MixerConfig, MixerState, Place, linear
+from isotach.nn.norm import SRMSNorm
+from isotach.ops.engine import Span
+from isotach.ops.recurrence import stored_fields
+from isotach.rng import generator
+
+
+class ModelConfig(Config):
+    """[model] of a recipe. `preset = "tnl-1m"` fills in what is not given; a mixer's options are a table by its name.
+
+    vocab    tokens the model knows            width   D            depth   blocks
+    heads    per mixer; divides width          hidden  of the GLU   pattern mixers, repeated over the depth
+    tie      share embedding and head          scale_embedding      embeddings times √D
+    """
+
+    vocab: int = Field(ge=1)
+    width: int = Field(ge=1)
+    depth: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    pattern: tuple[str, ...] = Field(("lightning",), min_length=1)
+    tie: bool = True
+    scale_embedding: bool = True
+    activation: Activation = "none"
+    norm_eps: float = Field(1e-6, gt=0)
+    init_std: float = Field(0.02, gt=0)
+    mixers: dict[str, MixerConfig] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        """Merge the preset, and collect [model.NAME] tables into `mixers`, each parsed by its mixer."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if "mixers" in data:
+            raise ValueError("unknown key mixers; write a mixer's options as a table by its name")
+        if "preset" in data:
+            data = preset(data.pop("preset")) | data
+        options = {name: data.pop(name) for name in mixers.names() if name in data}
+        pattern = data.get("pattern", ("lightning",))
+        for name in sorted(set(options) | set(pattern if isinstance(pattern, list | tuple) else ())):
+            shape = {key: data[key] for key in ("width", "heads") if key in data}
+            try:
+                options[name] = mixers.find(name).Config.model_validate(shape | options.get(name, {}))
+            except ValidationError as error:
+                raise ValueError(configuration.sentence(mixers.find(name).Config, name, error)) from None
+        return data | {"mixers": options}
+
+    @model_serializer(mode="wrap")
+    def _flatten(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data = serialize(self)
+        del data["mixers"]
+        for name, options in self.mixers.items():
+            data[name] = options.model_dump(mode="json", exclude={"width", "heads"}, exclude_none=True)
+        return data
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        return [*(set(cls.model_fields) - {"mixers"}), "preset", *mixers.names()]
+
+    def mixer_of(self, layer: int) -> str:
+        return self.pattern[layer % len(self.pattern)]
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + GLU(norm(x))."""
+
+    def __init__(self, config: ModelConfig, place: Place) -> None:
+        super().__init__()
+        name = config.mixer_of(place.index)
+        self.mixer = mixers.find(name)(config.mixers[name], place)
+        self.mixer_norm, self.ffn_norm = (SRMSNorm(config.width, eps=config.norm_eps) for _ in range(2))
+        self.ffn = GLU(config.width, config.hidden, activation=config.activation)
+
+    def forward(self, x: Tensor, state: MixerState | None, span: Span) -> tuple[Tensor, MixerState]:
+        y, state = self.mixer(self.mixer_norm(x), state, span)
+        x = x + y
+        return x + self.ffn(self.ffn_norm(x)), state
+
+
+class Decoder(nn.Module):
+    """Weights are float32 and drawn from streams named (seed, parameter), so no layer shifts another's numbers.
+
+    `recompute` trades time for memory: block activations are computed again in the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.recompute = config, False
+        self.embed = nn.utils.skip_init(nn.Embedding, config.vocab, config.width, device=torch.get_default_device())
+        self.blocks = nn.ModuleList(Block(config, Place(i, config.depth)) for i in range(config.depth))
+        self.norm = SRMSNorm(config.width, eps=config.norm_eps)
+        self.unembed = None if config.tie else linear(config.width, config.vocab)
+        with torch.no_grad():
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+                    module.weight.normal_(0, config.init_std, generator=generator(seed, f"{name}.weight"))
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], state: DecoderState | None = None, *, span: Span | None = None
+    ) -> tuple[Float[Tensor, "B T vocab"], DecoderState]:
+        """Logits for the token after each, and the state after the last. The state given stays valid.
+
+        state  one row per sequence (per document where span is packed); None for the empty past
+        span   where the tokens sit; None continues every row of `state` where it stopped
+        """
+        hidden, state = self.hidden(tokens, state, span=span)
+        return self.head(hidden), state
+
+    def hidden(
+        self, tokens: Int[Tensor, "B T"], state: DecoderState | None = None, *, span: Span | None = None
+    ) -> tuple[Float[Tensor, "B T D"], DecoderState]:
+        """As forward, but what the head reads instead of logits: (B, T, D)."""
+        if span is None:
+            span = Span.of(*tokens.shape, start=0 if state is None else state.positions, device=tokens.device)
+        x = self.embed(tokens)
+        if self.config.scale_embedding:
+            x = x * self.config.width**0.5
+        after = []
+        for i, block in enumerate(self.blocks):
+            before = None if state is None else state.blocks[i]
+            if self.recompute and torch.is_grad_enabled():
+                x, own = checkpoint(block, x, before, span, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, own = block(x, before, span)
+            after.append(own)
+        return self.norm(x), DecoderState(tuple(after), _ends(span, state))
+
+    def head(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T vocab"]:
+        return nn.functional.linear(hidden, self.embed.weight if self.unembed is None else self.unembed.weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    # ---- what it is and what it costs
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, context: int) -> float:
+        """Forward FLOPs of one token with `context` tokens before it; a multiply-add counts twice.
+
+        Matrices and head; 4 per element of a constant state (write, read); 2 (K + V) per query head and past token of
+        a growing one.
+        """
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        if self.unembed is None:
+            matrices += self.embed.weight.numel()
+        flops = 2.0 * matrices
+        for states in self.template().blocks:
+            for state in states.values():
+                if stored_fields(state):
+                    flops += 2.0 * self.config.heads * (state.k.shape[-1] + state.v.shape[-1]) * context
+                else:
+                    flops += 4.0 * sum(leaf.numel() for leaf in state)
+        return flops
+
+    def state_bytes(self, context: int) -> int:
+        """Bytes of one sequence's state after `context` tokens."""
+        total = 0
+        for block in self.template().blocks:
+            for state in block.values():
+                stored = stored_fields(state)
+                total += sum(getattr(state, f).nbytes * (context if f in stored else 1) for f in state._fields)
+        return total
+
+    @torch.inference_mode()
+    def template(self) -> DecoderState:
+        """The state of one sequence after one token: which tensors there are, of which shapes and dtypes."""
+        return self.hidden(torch.zeros(1, 1, dtype=torch.int64, device=self.device))[1]
+
+    # ---- on disk
+
+    @property
+    def _config_text(self) -> str:
+        return configuration.dumps(self.config)
+
+    def fingerprint(self) -> str:
+        """sha256 of configuration and weights, hex: the identity that states are bound to."""
+        digest = hashlib.sha256(self._config_text.encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write model.safetensors, and config.toml where there is none yet, into an existing folder."""
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        write_atomically(Path(folder) / "model.safetensors", save(weights, {"format": "isotach-model-1"}))
+        if not (Path(folder) / "config.toml").exists():
+            table = configuration.dumps(_Model(model=self.config))
+            write_atomically(Path(folder) / "config.toml", table.encode())
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> "Decoder":
+        """The model in `folder`: config.toml's [model] and model.safetensors. UserError where they do not fit."""
+        text = Path(folder) / "config.toml"
+        decoder = Decoder(
+            configuration.parse(ModelConfig, configuration.read(text).get("model", {}), who=f"{text}: model")
+        )
+        file = Path(folder) / "model.safetensors"
+        try:
+            weights = load_file(file)
+            decoder.load_state_dict(weights)
+        except FileNotFoundError:
+            raise UserError(f"{file}: expected the model's weights, found none; name a checkpoint folder") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: expected whole safetensors weights, got {error}; use another copy") from None
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{file}: the weights do not fit config.toml ({reason}); use another copy") from None
+        return decoder
+
+
+class _Model(Config):
+    model: ModelConfig
+
+
+def _ends(span: Span, state: DecoderState | None) -> Tensor:
+    """Position of the next token of every row or document; an empty document stays where it was."""
+    if span.cu_seqlens is None:
+        return span.positions[:, -1] + 1
+    before = span.cu_seqlens.new_zeros(span.rows) if state is None else state.positions
+    last = span.positions[0, (span.cu_seqlens[1:] - 1).clamp_min(0)]
+    return torch.where(span.cu_seqlens.diff() > 0, last + 1, before)

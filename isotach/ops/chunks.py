@@ -1,0 +1,151 @@
+"""How documents are cut for a chunk loop: documents → pieces → chunks, with equal chunks of many pieces in one step.
+
+    tokens   |---------- document 0 ----------|- doc 1 -|------ document 2 ------|
+    pieces   |---- lane 0 ----|---- lane 1 ---|- lane 2-|-------- lane 3 --------|
+    step i   the i-th chunk of every lane that has one, as one batch
+
+A *lane* is a piece of one document that is processed front to back. A document is one lane unless there are too few
+documents to fill a step; then it is split into pieces whose states are chained afterwards. Chunks never straddle
+documents and are never padded: full chunks come first, then what is left of each lane, cut into powers of two so that
+any set of lengths needs at most log2(chunk) more steps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch of equally long chunks: `lanes` of the block take part, chunk j starting at token starts[j]."""
+
+    lanes: slice | Tensor
+    count: int
+    length: int
+    first: int
+    stride: int | None  # distance between starts, None where they are not evenly spaced
+    index: Tensor | None  # then: the token numbers, (count * length,)
+
+    def load(self, flat: Tensor, out: Tensor) -> Tensor:
+        """Copy the chunks of flat (tokens, H, X) into out (count, H, length, X), converting dtype."""
+        if self.stride is not None:
+            return out.copy_(self._view(flat))
+        assert self.index is not None
+        return out.copy_(flat[self.index].unflatten(0, (self.count, self.length)).transpose(1, 2))
+
+    def store(self, flat: Tensor, value: Tensor) -> None:
+        """Copy value (count, H, length, X) to the chunks' places in flat (tokens, H, X)."""
+        if self.stride is not None:
+            self._view(flat).copy_(value)
+        else:
+            assert self.index is not None
+            flat.index_copy_(0, self.index, value.transpose(1, 2).flatten(0, 1).to(flat.dtype))
+
+    def _view(self, flat: Tensor) -> Tensor:
+        assert self.stride is not None
+        token, head, channel = flat.stride()
+        return flat.as_strided(
+            (self.count, flat.shape[1], self.length, flat.shape[2]),
+            (self.stride * token, head, token, channel),
+            flat.storage_offset() + self.first * token,
+        )
+
+    def pick(self, lanes: Tensor) -> Tensor:
+        """The rows of this step's lanes: a view, or a copy that `put` writes back."""
+        return lanes[self.lanes]
+
+    def put(self, lanes: Tensor, value: Tensor) -> None:
+        if not isinstance(self.lanes, slice):
+            lanes.index_copy_(0, self.lanes, value)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lanes that are processed together because their states and buffers fit in cache."""
+
+    lanes: slice
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    document: Tensor  # (lanes,) the document each lane belongs to
+    opens: Tensor  # (lanes,) whether the lane begins its document
+    closes: Tensor  # (lanes,) whether it ends it
+    empty: Tensor  # documents without tokens
+    links: tuple[tuple[Tensor, Tensor], ...]  # (lanes, the lanes that continue them), in order of rank
+    blocks: tuple[Block, ...]
+
+
+@lru_cache(maxsize=64)
+def plan(bounds: tuple[int, ...], chunk: int, *, piece: int | None, lanes_per_block: int, device: torch.device) -> Plan:
+    """Cut documents bounds[n]..bounds[n+1] into lanes of at most `piece` tokens (a multiple of chunk) and chunks."""
+
+    def tensor(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    edges = np.asarray(bounds, np.int64)
+    lengths = np.diff(edges)
+    pieces = np.ones_like(lengths) if piece is None else -(-lengths // piece)
+    pieces[lengths == 0] = 0
+    document = np.repeat(np.arange(len(lengths)), pieces)
+    rank = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    start = edges[document] + rank * (piece or 0)
+    stop = edges[document + 1] if piece is None else np.minimum(start + piece, edges[document + 1])
+    size = stop - start
+
+    # Longest first, so that the lanes still running are always a prefix.
+    order = np.lexsort((np.arange(len(size)), -(size // chunk)))
+    document, rank, start, size = document[order], rank[order], start[order], size[order]
+    lane = np.empty(len(order), np.int64)
+    lane[order] = np.arange(len(order))  # lane number of the i-th piece in reading order
+    before = np.cumsum(pieces) - pieces  # pieces of earlier documents
+    links = []
+    for r in range(int(pieces.max(initial=0)) - 1):
+        at = before[pieces > r + 1] + r
+        links.append((tensor(lane[at]), tensor(lane[at + 1])))
+
+    blocks = []
+    for a in range(0, len(start), lanes_per_block):
+        own = slice(a, min(a + lanes_per_block, len(start)))
+        blocks.append(Block(own, tuple(_steps(start[own], size[own], chunk, device))))
+    return Plan(
+        document=tensor(document),
+        opens=tensor(rank == 0),
+        closes=tensor(rank == pieces[document] - 1),
+        empty=tensor(np.flatnonzero(pieces == 0)),
+        links=tuple(links),
+        blocks=tuple(blocks),
+    )
+
+
+def _steps(start: Ints, size: Ints, chunk: int, device: torch.device) -> Iterator[Step]:
+    full, rest = size // chunk, size % chunk
+    for i in range(int(full.max(initial=0))):
+        running = int((full > i).sum())
+        yield _step(slice(0, running), start[:running] + i * chunk, chunk, device)
+    at = start + full * chunk
+    left = np.unique(rest[rest > 0])
+    cuts = left if len(left) == 1 else [1 << bit for bit in reversed(range(int(left.max(initial=0)).bit_length()))]
+    for cut in cuts:
+        chosen = np.flatnonzero(rest == cut if len(left) == 1 else rest & cut)
+        if len(chosen):
+            lanes = slice(0, len(start)) if len(chosen) == len(start) else torch.from_numpy(chosen).to(device)
+            yield _step(lanes, at[chosen], int(cut), device)
+            at[chosen] += cut
+
+
+def _step(lanes: slice | Tensor, starts: Ints, length: int, device: torch.device) -> Step:
+    gaps = np.unique(np.diff(starts))
+    if len(gaps) == 0 or (len(gaps) == 1 and gaps[0] > 0):
+        return Step(lanes, len(starts), length, int(starts[0]), int(gaps[0]) if len(gaps) else length, None)
+    index = torch.from_numpy((starts[:, None] + np.arange(length)).reshape(-1)).to(device)
+    return Step(lanes, len(starts), length, int(starts[0]), None, index)

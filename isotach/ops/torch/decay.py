@@ -1,0 +1,418 @@
+"""The chunk loop of the decay family: sweeps over cache-resident chunks, everything a batched matrix product.
+
+In a chunk of m tokens with state S before it, L the running sum of log_decay (see ops/decay.py):
+
+    D_rs = e^{L_r - L_s} for r ≥ s, else 0          a_r = e^{L_r}        b_s = e^{L_m - L_s}
+    o = ((q kᵀ) ∘ D) v + (a ∘ q) S                  S ← e^{L_m} ∘ S + (b ∘ k)ᵀ v
+
+and backwards, with G the gradient of the state after the chunk, P = (q kᵀ) ∘ D and W = (do vᵀ) ∘ D:
+
+    dq = W k + a ∘ (do Sᵀ)       dk = Wᵀ q + b ∘ (v Gᵀ)       dv = Pᵀ do + (b ∘ k) G
+    G ← e^{L_m} ∘ G + (a ∘ q)ᵀ do
+
+log_decay_t fades what tokens s < t left for tokens u ≥ t. With "in" the part of dq, dk from inside the chunk less each
+token's product with itself (which does not fade, and would drown the rest where decay is strong), "out" the other part:
+
+    dlog_decay_t = Σ e^{L_m} ∘ S ∘ G + Σ_{s<t} k_s · dk_s^out + Σ_{u≥t} (q_u · dq_u^out + q_u · dq_u^in - k_u · dk_u^in)
+
+The forward keeps no states; the backward recomputes them in one sweep, and again in groups where they would not fit.
+
+Lightning Attention-2 (arXiv:2401.04658, algorithms 1 and 2); the gradient of the decay is derived here.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from isotach.ops.backends import register
+from isotach.ops.chunks import Block, Step, plan
+from isotach.ops.decay import Decay
+from isotach.ops.recurrence import state_dtype
+from isotach.ops.torch.scores import ChannelScores, HeadScores
+from isotach.ops.torch.scratch import Buffer, Scratch
+
+CHUNK = 64  # tokens
+BLOCK_BYTES = 16 << 20  # states and buffers of the lanes that are processed together
+STEP_FLOPS = 12e6  # a step with less work is mostly dispatch, so long documents are then split into more lanes
+PIECE_CHUNKS = 8  # a split lane has at least this many chunks
+STATE_BYTES = 64 << 20  # recomputed states the backward holds at a time
+
+
+@register(Decay, "torch")
+def decay(
+    x: Decay.Inputs, s: Decay.State, cu_seqlens: Tensor | None, chunk_size: int | None
+) -> tuple[Tensor, Decay.State]:
+    output, state = _forward(*x, s.state, cu_seqlens, chunk_size or CHUNK)
+    return output, Decay.State(state)
+
+
+@torch.library.custom_op("isotach::decay", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    loop = _Loop(q, k, v, log_decay, cu_seqlens, chunk_size)
+    output = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+    after = loop.documents_like(state)
+    for block, lanes in loop.states_before(state):
+        for step in block.steps:
+            loop.forward(step, block, lanes, output.flatten(0, 1))
+        loop.keep(after, block, lanes, loop.plan.closes)
+    return output, after
+
+
+@_forward.register_fake
+def _(q, k, v, log_decay, state, cu_seqlens, chunk_size):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape, dtype=q.dtype), state.new_empty(state.shape, dtype=state_dtype(q))
+
+
+@torch.library.custom_op("isotach::decay_backward", mutates_args=())
+def _backward(
+    grad_output: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    with_decay: bool,
+    with_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and state; of shape (0,) where the last two are not wanted."""
+    loop = _Loop(q, k, v, log_decay, cu_seqlens, chunk_size)
+    grads = _Grads.like(q, k, v, log_decay if with_decay else None)
+    flat_output = grad_output.flatten(0, 1)
+    before = loop.documents_like(grad_state) if with_state else q.new_empty(0)
+    states = loop.states_before(state)
+    for (block, lanes), (_, after) in zip(states, loop.grads_after(grad_state, flat_output), strict=True):
+        for step, own in loop.reversed_states(block, lanes):
+            loop.backward(step, block, own, after, flat_output, grads)
+        if with_state:
+            loop.keep(before, block, after, loop.plan.opens)
+    dlog = q.new_empty(0) if grads.log_decay is None else grads.log_decay.to(log_decay.dtype)
+    return grads.q, grads.k, grads.v, dlog, before
+
+
+@_backward.register_fake
+def _(grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, chunk_size, with_decay, with_state):  # type: ignore[no-untyped-def]
+    dlog = log_decay.new_empty(log_decay.shape) if with_decay else q.new_empty(0)
+    before = state.new_empty(state.shape, dtype=state_dtype(q)) if with_state else q.new_empty(0)
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), dlog, before)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, cu_seqlens, ctx.chunk_size = inputs
+    ctx.save_for_backward(q, k, v, log_decay, state, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
+    zero = q.new_zeros(())
+    grad_output = zero.expand(v.shape) if grad_output is None else grad_output
+    grad_state = zero.to(state_dtype(q)).expand(state.shape) if grad_state is None else grad_state
+    wanted = ctx.needs_input_grad[3:5]
+    *grads, dlog, before = _backward(
+        grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, ctx.chunk_size, *wanted
+    )
+    return (*grads, dlog if wanted[0] else None, before.to(state.dtype) if wanted[1] else None, None, None)
+
+
+def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "decay: the torch backend has no second derivative; got a backward through its backward; "
+        "use backend='reference' for gradients of gradients"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
+
+
+class _Fade(NamedTuple):
+    """The decay of one chunk: a (·, H, m, #K), b likewise, the whole chunk's (·, H, #K, 1), its logarithm, D."""
+
+    a: Tensor
+    b: Tensor
+    total: Tensor
+    log_total: Tensor
+    scores: HeadScores | ChannelScores
+
+
+class _Grads(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+
+    @classmethod
+    def like(cls, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> "_Grads":
+        """Every token is written once; a decay shared along time collects in float64."""
+        collected = None
+        if log_decay is not None:
+            shared = log_decay.shape[1] == 1
+            collected = torch.zeros(
+                log_decay.shape, dtype=torch.float64 if shared else log_decay.dtype, device=q.device
+            )
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        return cls(dq, dk, dv, collected)
+
+
+class _Loop:
+    """One call's tensors, plan and buffers. Lane tensors are (lanes, H, K, V)."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, chunk_size: int
+    ) -> None:
+        batch, time, self.heads, self.width = q.shape
+        self.values = v.shape[-1]
+        self.q, self.k, self.v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        self.log_decay = log_decay
+        self.packed = cu_seqlens is not None
+        self.scratch = Scratch(state_dtype(q), q.device)
+        self._fades: dict[int, _Fade] = {}
+        bounds = tuple(range(0, batch * time + 1, time)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        chunk = min(chunk_size, max(1, batch * time))
+        self.plan = plan(
+            bounds,
+            chunk,
+            piece=self._piece(bounds, chunk),
+            lanes_per_block=max(1, BLOCK_BYTES // self._lane_bytes(chunk)),
+            device=q.device,
+        )
+
+    def _lane_bytes(self, chunk: int) -> int:
+        per_head = self.width * self.values + chunk * (2 * self.width + 2 * self.values + chunk)
+        return self.scratch.dtype.itemsize * self.heads * per_head
+
+    def _piece(self, bounds: tuple[int, ...], chunk: int) -> int | None:
+        """Tokens per lane where whole documents would make steps too small, else None."""
+        inside = chunk * (self.width + self.values) + 2 * self.width * self.values
+        wanted = math.ceil(STEP_FLOPS / (2 * self.heads * chunk * inside))
+        if len(bounds) - 1 >= wanted:
+            return None
+        return chunk * max(PIECE_CHUNKS, math.ceil(bounds[-1] / wanted / chunk))
+
+    # ---- states of lanes
+
+    def states_before(self, state: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """Every block with the states before its lanes: the document's, or the one the previous lane leaves."""
+        plan, lanes = self.plan, None
+        if plan.links:
+            lanes = state[plan.document].to(self.scratch.dtype)
+            local, log_total = torch.zeros_like(lanes), self._log_totals()
+            for block in plan.blocks:
+                for step in block.steps:
+                    fade = self.fade(step, block)
+                    k, v = self.load("k", self.k, step), self.load("v", self.v, step)
+                    self._advance(step, local[block.lanes], fade, k, v)
+                    self._add(step, log_total[block.lanes], fade.log_total)
+            for lane, following in plan.links:
+                lanes[following] = log_total[lane].to(lanes.dtype).exp() * lanes[lane] + local[lane]
+        for block in plan.blocks:
+            own = state[plan.document[block.lanes]].to(self.scratch.dtype) if lanes is None else lanes[block.lanes]
+            yield block, own
+
+    def grads_after(self, grad_state: Tensor, grad_output: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """Every block with the gradients of the states after its lanes: states_before, mirrored."""
+        plan, lanes = self.plan, None
+        if plan.links:
+            lanes = grad_state[plan.document].to(self.scratch.dtype)
+            local, log_total = torch.zeros_like(lanes), self._log_totals()
+            for block in plan.blocks:
+                for step in reversed(block.steps):
+                    fade = self.fade(step, block)
+                    q, do = self.load("q", self.q, step), self.load("do", grad_output, step)
+                    self._retreat(step, local[block.lanes], fade, q, do)
+                    self._add(step, log_total[block.lanes], fade.log_total)
+            for lane, following in reversed(plan.links):
+                lanes[lane] = log_total[following].to(lanes.dtype).exp() * lanes[following] + local[following]
+        for block in plan.blocks:
+            document = plan.document[block.lanes]
+            yield block, grad_state[document].to(self.scratch.dtype) if lanes is None else lanes[block.lanes]
+
+    def documents_like(self, state: Tensor) -> Tensor:
+        """A row per document for `keep` to fill; an empty document's row is copied."""
+        documents = torch.empty(state.shape, dtype=self.scratch.dtype, device=state.device)
+        documents[self.plan.empty] = state[self.plan.empty].to(documents.dtype)
+        return documents
+
+    def keep(self, documents: Tensor, block: Block, lanes: Tensor, which: Tensor) -> None:
+        """Write the block's lanes where `which` is set to their documents' rows."""
+        chosen = which[block.lanes]
+        documents[self.plan.document[block.lanes][chosen]] = lanes[chosen]
+
+    def reversed_states(self, block: Block, lanes: Tensor) -> Iterator[tuple[Step, Tensor]]:
+        """The block's steps from last to first, each with the states before it; `lanes` is overwritten."""
+        steps = block.steps
+        room = max(1, STATE_BYTES // (lanes.numel() * lanes.element_size()))
+        size = len(steps) if len(steps) <= room else math.ceil(math.sqrt(len(steps)))
+        groups = [steps[i : i + size] for i in range(0, len(steps), size)]
+        starts = []
+        for group in groups[:-1]:
+            starts.append(lanes.clone())
+            self._sweep(group, block, lanes)
+        for group in reversed(groups):
+            states = self._sweep(group, block, lanes)
+            yield from zip(reversed(group), reversed(states), strict=True)
+            if starts:
+                lanes.copy_(starts.pop())
+
+    def _sweep(self, steps: tuple[Step, ...], block: Block, lanes: Tensor) -> list[Tensor]:
+        states = []
+        for step in steps:
+            states.append(step.pick(lanes).clone())
+            k, v = self.load("k", self.k, step), self.load("v", self.v, step)
+            self._advance(step, lanes, self.fade(step, block), k, v)
+        return states
+
+    # ---- one step
+
+    def forward(self, step: Step, block: Block, lanes: Tensor, output: Tensor) -> None:
+        fade = self.fade(step, block)
+        q, k, v = self.load("q", self.q, step), self.load("k", self.k, step), self.load("v", self.v, step)
+        scores, o = self.chunk("scores", step, step.length), self.chunk("o", step, self.values)
+        fade.scores.forward(q, k, scores)
+        torch.bmm(scores.flat, v.flat, out=o.flat)
+        q.wide.mul_(fade.a)
+        o.flat.baddbmm_(q.flat, step.pick(lanes).flatten(0, 1))
+        step.store(output, o.wide)
+        self._advance(step, lanes, fade, k, v)
+
+    def backward(
+        self, step: Step, block: Block, before: Tensor, lanes: Tensor, grad_output: Tensor, grads: _Grads
+    ) -> None:
+        """`before`: S; `lanes`: G after the chunk, replaced by G before it."""
+        fade, chunk = self.fade(step, block), self.chunk
+        q, k, v = self.load("q", self.q, step), self.load("k", self.k, step), self.load("v", self.v, step)
+        do, after = self.load("do", grad_output, step), step.pick(lanes)
+        with_decay = grads.log_decay is not None
+
+        scores, dscores, dv = (
+            chunk("scores", step, step.length),
+            chunk("dp", step, step.length),
+            chunk("dv", step, self.values),
+        )
+        fade.scores.forward(q, k, scores)
+        torch.bmm(scores.turned, do.flat, out=dv.flat)
+        torch.bmm(do.flat, v.turned, out=dscores.flat)
+        dq_in, dk_in = chunk("dq_in", step, self.width), chunk("dk_in", step, self.width)
+        fade.scores.backward(dscores, q, k, dq_in, dk_in, strict=with_decay)
+        dq_out, dk_out = chunk("dq_out", step, self.width), chunk("dk_out", step, self.width)
+        torch.bmm(do.flat, before.flatten(0, 1).transpose(1, 2), out=dq_out.flat)
+        torch.bmm(v.flat, after.flatten(0, 1).transpose(1, 2), out=dk_out.flat)
+        dq_out.wide.mul_(fade.a)
+        dk_out.wide.mul_(fade.b)
+        if with_decay:
+            across = (fade.total * before * after).sum(-1)
+            inside = (dq_in.wide, dk_in.wide, dq_out.wide, dk_out.wide)
+            dlog = _decay_gradient(across, q.wide, k.wide, *inside, shared=fade.a.shape[-1] == 1)
+            self._store_decay(step, block, dlog, grads)
+            own = (do.wide * v.wide).sum(-1, keepdim=True)
+            dq_in.wide.addcmul_(own, k.wide)
+            dk_in.wide.addcmul_(own, q.wide)
+        k.wide.mul_(fade.b)
+        step.store(grads.q.flatten(0, 1), dq_in.wide.add_(dq_out.wide))
+        step.store(grads.k.flatten(0, 1), dk_in.wide.add_(dk_out.wide))
+        dv.flat.baddbmm_(k.flat, after.flatten(0, 1))
+        step.store(grads.v.flatten(0, 1), dv.wide)
+        self._retreat(step, lanes, fade, q, do)
+
+    def _advance(self, step: Step, lanes: Tensor, fade: _Fade, k: Buffer, v: Buffer) -> None:
+        """S ← e^{L_m} ∘ S + (b ∘ k)ᵀ v; k is overwritten."""
+        state = step.pick(lanes).mul_(fade.total)
+        k.wide.mul_(fade.b)
+        state.flatten(0, 1).baddbmm_(k.turned, v.flat)
+        step.put(lanes, state)
+
+    def _retreat(self, step: Step, lanes: Tensor, fade: _Fade, q: Buffer, do: Buffer) -> None:
+        """G ← e^{L_m} ∘ G + (a ∘ q)ᵀ do; q is overwritten."""
+        grad = step.pick(lanes).mul_(fade.total)
+        q.wide.mul_(fade.a)
+        grad.flatten(0, 1).baddbmm_(q.turned, do.flat)
+        step.put(lanes, grad)
+
+    @staticmethod
+    def _add(step: Step, lanes: Tensor, value: Tensor) -> None:
+        step.put(lanes, step.pick(lanes).add_(value))
+
+    def chunk(self, name: str, step: Step, width: int) -> Buffer:
+        return self.scratch.take(name, step.count, self.heads, step.length, width)
+
+    def load(self, name: str, flat: Tensor, step: Step) -> Buffer:
+        buffer = self.chunk(name, step, flat.shape[2])
+        step.load(flat, buffer.wide)
+        return buffer
+
+    def _store_decay(self, step: Step, block: Block, dlog: Tensor, grads: _Grads) -> None:
+        assert grads.log_decay is not None
+        if self.log_decay.shape[1] != 1:
+            step.store(grads.log_decay.flatten(0, 1), dlog)
+        else:
+            grads.log_decay.index_add_(
+                0, self._sequences(step, block), dlog.sum(2, keepdim=True).transpose(1, 2).double()
+            )
+
+    # ---- decay
+
+    def fade(self, step: Step, block: Block) -> _Fade:
+        """The chunk's decay; computed once per length where it does not depend on the token or the sequence."""
+        if self.log_decay.shape[1] != 1:
+            flat = self.log_decay.flatten(0, 1)
+            shape = (step.count, self.heads, step.length, flat.shape[2])
+            return self._fade(step.load(flat, flat.new_empty(shape, dtype=torch.float64)).cumsum(2))
+        one = self.log_decay.shape[0] == 1 or self.log_decay.stride(0) == 0
+        if one and step.length in self._fades:
+            return self._fades[step.length]
+        rate = self.log_decay[:1, 0] if one else self.log_decay[self._sequences(step, block), 0]
+        count = torch.arange(1, step.length + 1, dtype=torch.float64, device=rate.device)
+        fade = self._fade(rate.double().unsqueeze(2) * count[:, None])
+        if one:
+            self._fades[step.length] = fade
+        return fade
+
+    def _fade(self, running: Tensor) -> _Fade:
+        last = running[..., -1:, :]
+        dtype = self.scratch.dtype
+        scores = HeadScores if running.shape[-1] == 1 else ChannelScores
+        log_total = last.transpose(-1, -2)
+        return _Fade(
+            running.to(dtype).exp(),
+            (last - running).to(dtype).exp_(),
+            log_total.to(dtype).exp(),
+            log_total,
+            scores(running, self.scratch),
+        )
+
+    def _sequences(self, step: Step, block: Block) -> Tensor:
+        """The row of the batch each of the step's lanes belongs to."""
+        document = step.pick(self.plan.document[block.lanes])
+        return torch.zeros_like(document) if self.packed else document
+
+    def _log_totals(self) -> Tensor:
+        lanes, channels = len(self.plan.document), self.log_decay.shape[-1]
+        return torch.zeros(lanes, self.heads, channels, 1, dtype=torch.float64, device=self.q.device)
+
+
+def _decay_gradient(
+    across: Tensor,
+    q: Tensor,
+    k: Tensor,
+    dq_in: Tensor,
+    dk_in: Tensor,
+    dq_out: Tensor,
+    dk_out: Tensor,
+    *,
+    shared: bool,
+) -> Tensor:
+    """dlog_decay (N, H, m, 1 or K) of a chunk; `across` (N, H, K) is Σ_v e^{L_m} ∘ S ∘ G."""
+    left = k * dk_out
+    read = q * (dq_in + dq_out) - k * dk_in
+    if shared:
+        left, read, across = left.sum(-1, True), read.sum(-1, True), across.sum(-1, True)
+    earlier = left.cumsum(2) - left
+    return read.flip(2).cumsum(2).flip(2) + earlier + across.unsqueeze(2)

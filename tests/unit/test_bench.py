@@ -1,0 +1,160 @@
+"""A benchmark times only what is right, says where it was measured, and writes its file whole."""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from isotach.bench import decode, ops, report, train
+from isotach.bench.ops import Contender, Shape
+from isotach.config import parse
+from isotach.errors import UserError
+from isotach.models.decoder import Decoder, ModelConfig
+from isotach.models.state import DecoderState
+
+CPU = torch.device("cpu")
+TINY = Shape(heads=2, tokens=128, width=16, documents=10)
+
+
+def test_the_restated_algorithm_is_that_of_transformers() -> None:
+    pytest.importorskip("transformers")
+    error = ops.error_beside_transformers()
+    assert error is not None
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("name", ops.CONTENDERS)
+def test_contenders_agree_with_float64(name: str) -> None:
+    assert ops.error(ops.CONTENDERS[name](ops.SMALL, CPU)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ops.CONTENDERS)
+def test_contenders_agree_with_float64_on_a_gpu(name: str) -> None:
+    assert ops.error(ops.CONTENDERS[name](ops.SMALL, torch.device("cuda"))) < ops.CORRECT
+
+
+def test_the_packed_row_holds_the_documents_it_claims() -> None:
+    lengths = ops.document_bounds(4096, 500).diff()
+    assert (len(lengths), int(lengths.sum())) == (500, 4096)
+    assert int(lengths.min()) >= 1
+
+
+def test_flops_do_not_depend_on_the_chunk() -> None:
+    assert Shape().flops == 8 * 4096 * (4 * 64 * 128 + 4 * 128**2)
+
+
+def test_a_wrong_contender_is_refused_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.CONTENDERS["minimax"]
+
+    def wrong(shape: Shape, device: torch.device) -> Contender:
+        contender = right(shape, device)
+        return contender._replace(forward=lambda q, k, v: contender.forward(q, k, v) * 1.001)
+
+    monkeypatch.setitem(ops.CONTENDERS, "minimax", wrong)
+    result = ops.measure(device=CPU, shape=TINY, rounds=2, weigh_tokens=0)
+    assert [sentence.split(":")[0] for sentence in result.refused] == ["minimax"]
+    assert not any("minimax" in str(row) for row in [*result.rows, *result.figures])
+    assert any(row["contender"] == "softmax" for row in result.rows)
+
+
+def test_contenders_take_turns_and_ratios_are_paired() -> None:
+    calls = ""
+
+    def call(name: str) -> Callable[[], None]:
+        def add() -> None:
+            nonlocal calls
+            calls += name
+
+        return add
+
+    seconds = report.interleave({name: call(name) for name in "abc"}, rounds=3, device=CPU)
+    assert calls == "cab" + "abc" + "bca" + "cab"
+    assert [len(times) for times in seconds.values()] == [3, 3, 3]
+    # A machine that is ten times slower in one round changes no ratio.
+    assert report.paired([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_relative_error_of_nan_is_infinite() -> None:
+    assert report.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2).double()) == float("inf")
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells what others do")
+def test_own_work_is_not_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples, ten seconds apart, of everybody's work and our own: three cores' worth and one."""
+    samples = iter([(0.0, 100.0, 7.0), (10.0, 130.0, 17.0)])
+    monkeypatch.setattr(report.Neighbours, "_now", staticmethod(lambda: next(samples)))
+    assert report.Neighbours().cores() == pytest.approx(2.0)
+    monkeypatch.undo()
+    cores = report.Neighbours().cores()
+    assert cores is not None
+    assert cores >= 0
+
+
+def test_a_busy_machine_is_waited_for_and_then_called_busy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(report.Neighbours, "cores", lambda self: 1.5)
+    result = report.Result(
+        {}, rows=[{"contender": "x", "ms": 1.0}], figures=[report.Figure("ratio", 2.0, at_least=3.0)]
+    )
+    console = Console(record=True, width=120, file=io.StringIO())
+    report.publish("x", lambda: result, folder=tmp_path / "new", wait=0.0, console=console)
+    document = json.loads((tmp_path / "new" / "x.json").read_text(encoding="utf-8"))
+    assert document["idle"] is False
+    assert document["figures"] == [{"name": "ratio", "value": 2.0, "at_least": 3.0, "at_most": None, "met": False}]
+    assert document["machine"]["torch"] == torch.__version__
+    assert "not idle" in console.export_text()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.json"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+    def measure() -> report.Result:
+        raise AssertionError("measured before the place was checked")
+
+    with pytest.raises(UserError, match="can be written"):
+        report.publish("x", measure, folder=tmp_path, wait=0.0, console=Console())
+
+
+def test_decoding_keeps_its_state_and_the_twin_does_not() -> None:
+    model = parse(ModelConfig, {"vocab": 17, "width": 16, "depth": 2, "heads": 2, "hidden": 16}, who="test")
+    result = decode.compare(Decoder(model), positions=(8, 32), rounds=2)
+    sizes = {(row["model"], row["position"]): row["state_bytes"] for row in result.rows}
+    assert result.refused == []
+    assert sizes["model", 8] == sizes["model", 32]
+    assert sizes["model softmax", 32] > 3 * sizes["model softmax", 8]
+    assert [figure.met for figure in result.figures if "bytes" in figure.name] == [True]
+
+
+def test_a_wrong_model_is_refused_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse(ModelConfig, {"vocab": 17, "width": 16, "depth": 1, "heads": 2, "hidden": 16}, who="test")
+    decoder = Decoder(model)
+    assert decode.model_error(decoder) < 1e-4
+    exact = Decoder.forward
+
+    def drifting(self: Decoder, tokens: Tensor, state: DecoderState | None = None, **how: Any) -> Any:
+        """Right in one pass, wrong token by token: what a broken state looks like."""
+        logits, after = exact(self, tokens, state, **how)
+        return (logits * 1.01 if state is not None else logits), after
+
+    monkeypatch.setattr(Decoder, "forward", drifting)
+    assert decode.model_error(decoder) > decode.CORRECT
+    result = decode.compare(decoder, positions=(8,), rounds=1)
+    assert (len(result.refused), result.rows, result.figures) == (2, [], [])
+
+
+@pytest.mark.slow
+def test_training_is_compared_at_equal_tokens() -> None:
+    result = train.measure(device=CPU, presets=("tnl-1m",), lengths=(128, 512), rounds=1, steps=3)
+    assert {(row["model"], row["length"]) for row in result.rows} == {
+        (model, length) for model in ("tnl-1m", "tnl-1m softmax") for length in (128, 512)
+    }
+    assert result.refused == []
+    assert any("outside forward" in figure.name for figure in result.figures)
