@@ -212,71 +212,65 @@ HUES = ("#2f81f7", "#bf6a02", "#2da44e", "#a371f7")
 
 
 def scales_picture() -> str:
-    """One composition, five scales: what is a segment, and what its summary is called."""
+    """One composition, five scales: what a segment is, and what that is good for."""
     parts: list[str] = []
     rows = (
-        ("token", "decode a step", [1] * 16, None),
-        ("chunk", "train: matrix products", [4] * 4, None),
-        ("rank", "share a long sequence", [6, 5, 5], None),
-        ("prompt", "read once, continue many times", [10], 3),
-        ("checkpoint", "stop, go on tomorrow", [9], 1),
+        ("token", "decode: a step", [1] * 16, 0),
+        ("chunk", "train: matrix products", [4] * 4, 0),
+        ("rank", "share a long sequence", [6, 5, 5], 0),
+        ("prompt", "read once, continue often", [10], 3),
+        ("checkpoint", "stop today, go on tomorrow", [9], 1),
     )
     for i, (scale, use, lengths, branches) in enumerate(rows):
-        y = 30 + 58 * i
-        parts += [_text(16, y + 16, scale, weight="600"), _text(612, y + 16, use)]
-        x = 116.0
-        for j, length in enumerate(lengths):
-            width = 30 * length - 4
-            parts.append(_box(x, y, width, 24, HUES[i % 4], opacity=1 if j % 2 == 0 else 0.72))
+        x, y, hue = 116.0, 30 + 58 * i, HUES[i % len(HUES)]
+        parts += [_text(16, y + 16, scale, weight="600"), _text(614, y + 16, use)]
+        for length in lengths:
+            parts.append(_box(x, y, 30 * length - 4, 24, hue))
             if length > 1:
-                parts.append(_text(x + width / 2, y + 16.5, f"{length} tokens", fill="#ffffff", anchor="middle"))
+                parts.append(_text(x + 15 * length - 2, y + 16.5, f"{length} tokens", fill="#ffffff", anchor="middle"))
             x += 30 * length
         if branches:
-            parts += _branches(x, y, branches, HUES[i % 4])
-        else:
-            parts.append(_text(x + 2, y + 16, "S"))
-    caption = "Segments of one sequence of 16 tokens. Each turns the state before it into the state after it."
+            parts += _branches(x, y, branches, hue)
+    caption = "One sequence of 16 tokens in segments. Each turns the state S before it into the state after it."
     return _svg(830, 330, [*parts, _text(16, 320, caption)], title=caption)
 
 
 def _branches(x: float, y: float, count: int, hue: str) -> list[str]:
-    """What continues from one stored state, each on a line of its own."""
-    parts = [_box(x + 1, y - 3, 34, 30, "none", stroke=INK), _text(x + 18, y + 16, "S", anchor="middle")]
+    """A stored state, and what continues from it, each on a line of its own."""
+    parts = [_box(x + 1, y - 3, 34, 30, "none", stroke=INK), _text(x + 18, y + 16.5, "S", anchor="middle")]
     for j in range(count):
         at = y + 12 + 18 * (j - (count - 1) / 2)
-        parts.append(_line(x + 36, y + 12, x + 58, at))
-        parts.append(_box(x + 60, at - 6, 26 * (4 - j), 12, hue, opacity=0.72))
+        parts += [_line(x + 36, y + 12, x + 58, at), _box(x + 60, at - 6, 26 * (4 - j), 12, hue)]
     return parts
 
 
 def lanes_picture() -> str:
     """Three documents cut by ops/chunks.py: the real plan of a small pack."""
-    bounds, chunk, piece = (0, 19, 26, 36), 4, 12
+    bounds, chunk, piece, unit = (0, 19, 26, 36), 4, 12, 26
     cut = plan(bounds, chunk, piece=piece, lanes_per_block=8, device=torch.device("cpu"))
     (block,) = cut.blocks
-    unit, parts = 19, [_text(16, 42, "documents", weight="600")]
+    parts = [_text(16, 42, "documents", weight="600")]
     for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        parts.append(_box(116 + unit * start, 26, unit * (stop - start) - 3, 24, HUES[n]))
+        parts.append(_box(90 + 20 * start, 26, 20 * (stop - start) - 3, 24, HUES[n]))
         label = f"{stop - start} tokens"
-        parts.append(_text(116 + unit * (start + stop) / 2, 42.5, label, fill="#ffffff", anchor="middle"))
-    x = 116.0
+        parts.append(_text(90 + 10 * (start + stop), 42.5, label, fill="#ffffff", anchor="middle"))
+    lanes, bottom, x = len(cut.document), 104 + 40 * len(cut.document), 90.0
+    parts += [_text(16, 121 + 40 * lane, f"lane {lane}", weight="600") for lane in range(lanes)]
     for i, step in enumerate(block.steps):
-        for lane, start in zip(_lanes(step, len(cut.document)), _starts(step), strict=True):
-            y, hue = 104 + 40 * lane, HUES[int(cut.document[lane])]
-            parts.append(_box(x, y, unit * step.length - 3, 26, hue))
-            middle = x + (unit * step.length - 3) / 2
+        width = unit * step.length - 3
+        for lane, start in zip(_lanes(step, lanes), _starts(step), strict=True):
             label = f"{start}–{start + step.length - 1}" if step.length > 1 else f"{start}"
-            parts.append(_text(middle, y + 17.5, label, fill="#ffffff", anchor="middle", size=11))
-        parts.append(_text(x, 92, f"step {i}"))
-        bottom = 104 + 40 * len(cut.document)
-        parts.append(_box(x - 5, 98, unit * step.length + 7, bottom - 104, "none", stroke=INK))
-        x += max(unit * step.length, 46) + 18
-    for lane in range(len(cut.document)):
-        parts.append(_text(16, 121 + 40 * lane, f"lane {lane}", weight="600"))
+            parts.append(_box(x, 104 + 40 * lane, width, 26, HUES[int(cut.document[lane])]))
+            parts.append(_text(x + width / 2, 121.5 + 40 * lane, label, fill="#ffffff", anchor="middle", size=12))
+        parts += [_text(x, 91, f"step {i}"), _box(x - 5, 98, width + 10, bottom - 104, "none", stroke=INK)]
+        x += max(width, 46) + 24
     ((before, after),) = cut.links
-    link = f"The state after lane {int(before)} becomes the state before lane {int(after)}: one document, two lanes."
-    caption = "Numbers are tokens. The chunks of a step are one batch of matrix products. " + link
-    return _svg(880, 300, [*parts, _text(16, 290, caption, size=12)], title=caption)
+    captions = (
+        "Numbers are tokens; the chunks inside a dashed frame are one batch of matrix products.",
+        f"The state after lane {int(before)} is the state before lane {int(after)}: they are one document.",
+    )
+    parts += [_text(16, bottom + 26 + 20 * i, caption) for i, caption in enumerate(captions)]
+    return _svg(830, bottom + 60, parts, title=" ".join(captions))
 
 
 def _lanes(step: Step, count: int) -> list[int]:
@@ -295,8 +289,8 @@ def _svg(width: int, height: int, parts: list[str], *, title: str) -> str:
     return "\n".join([head, f"<title>{title}</title>", *parts, "</svg>"]) + "\n"
 
 
-def _box(x: float, y: float, width: float, height: float, fill: str, *, opacity: float = 1, stroke: str = "") -> str:
-    edge = f' stroke="{stroke}" stroke-dasharray="3 3"' if stroke else f' fill-opacity="{opacity:g}"'
+def _box(x: float, y: float, width: float, height: float, fill: str, *, stroke: str = "") -> str:
+    edge = f' stroke="{stroke}" stroke-dasharray="3 3"' if stroke else ""
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}"{edge}/>'
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isotach.files import replacing
 from isotach.data.tokenizer import Tokenizer
 from isotach.errors import UserError
+from isotach.files import replacing
 
 MAGIC = b"isotach-tokens-1"
 HEADER_BYTES = 1024

@@ -17,8 +17,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from isotach.files import replacing
 from isotach.errors import UserError
+from isotach.files import replacing
 
 FILE_NAME = "tokenizer.json"
 BYTES: Mapping[str, Any] = {"isotach": "bytes"}

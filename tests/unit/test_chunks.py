@@ -1,5 +1,7 @@
 """The plan of a chunk loop: every token once, in order, never across documents, in few steps."""
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -39,7 +41,7 @@ def test_every_token_once_in_order_within_its_document(
     piece = None if pieces is None else pieces * chunk
     cut = plan(bounds, chunk, piece=piece, lanes_per_block=lanes_per_block, device=CPU)
     follows = {int(b): int(a) for link in cut.links for a, b in zip(*link, strict=True)}
-    for document, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for document, (start, stop) in enumerate(itertools.pairwise(bounds)):
         lanes = [lane for lane in range(len(cut.document)) if int(cut.document[lane]) == document]
         if start == stop:
             assert not lanes

@@ -84,7 +84,7 @@ def test_linear_layers_are_of_constant_size() -> None:
 
 
 def test_another_model_is_refused(saved: tuple[Decoder, Path]) -> None:
-    with pytest.raises(UserError, match="weights .* load it with the model that made it"):
+    with pytest.raises(UserError, match=r"weights .* load it with the model that made it"):
         DecoderState.load(saved[1], decoder=decoder(["lightning", "softmax"], seed=1), tokens=None)
 
 
@@ -97,7 +97,7 @@ def test_another_precision_is_refused(saved: tuple[Decoder, Path], tmp_path: Pat
     model = saved[0].double()
     state = model(text(1, 3))[1]
     state.save(tmp_path / "double", weights=saved[0].fingerprint(), tokens="abc")
-    with pytest.raises(UserError, match="weights|dtypes"):
+    with pytest.raises(UserError, match=r"weights|dtypes"):
         DecoderState.load(tmp_path / "double", decoder=decoder(["lightning", "softmax"]), tokens=None)
 
 
