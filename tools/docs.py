@@ -249,7 +249,7 @@ def lanes_picture() -> str:
     bounds, chunk, piece, unit = (0, 19, 26, 36), 4, 12, 26
     cut = plan(bounds, chunk, piece=piece, lanes_per_block=8, device=torch.device("cpu"))
     (block,) = cut.blocks
-    parts = [_text(16, 42, "documents", weight="600")]
+    parts = [_text(16, 42, "pack", weight="600")]
     for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
         parts.append(_box(90 + 20 * start, 26, 20 * (stop - start) - 3, 24, HUES[n]))
         label = f"{stop - start} tokens"

@@ -1,28 +1,33 @@
 """Milliseconds per token and bytes of state as the context grows: a model beside a softmax model of the same shape.
 
 Every position is reached by reading that many tokens; then single tokens are timed, all models and positions taking
-turns. The twin's cache is filled the same way, and growing it is not charged: that falls into the reading.
+turns. The twin's cache is filled the same way and is never charged for copying or for spare room: before it is timed
+it moves into a buffer that ends where the timed tokens do.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from functools import partial
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isotach.bench.report import Figure, Result, interleave, milliseconds, paired, relative_error, synchronize
+from isotach.bench.report import Figure, Result, milliseconds, paired, relative_error, synchronize
 from isotach.config import parse
 from isotach.models.decoder import Decoder, ModelConfig
 from isotach.models.state import DecoderState
+from isotach.nn.mixer import MixerState
+from isotach.ops.history import History
+from isotach.ops.recurrence import Tensors
 from isotach.rng import generator
 
 CORRECT = 1e-3  # relative error of logits and gradients above which a model is refused
 POSITIONS = (1024, 4096, 16384, 65536)
 PRESETS = ("tnl-1m",)
 READ = 2048  # tokens read at once on the way to a position
-BURST = 4  # tokens timed together: few, so that a position hardly moves while it is measured
+STEPS = 4  # single tokens timed in a turn, after an untimed one that brings the weights back into the cache
 
 
 def measure(
@@ -33,7 +38,7 @@ def measure(
     rounds: int = 32,
 ) -> Result:
     """Untrained presets, each beside its twin; speed does not depend on what the weights are."""
-    result = Result({"presets": list(presets), "positions": list(positions), "burst": BURST, "device": str(device)})
+    result = Result({"presets": list(presets), "positions": list(positions), "steps": STEPS, "device": str(device)})
     for name in presets:
         decoder = Decoder(parse(ModelConfig, {"preset": name}, who="bench")).to(device)
         found = compare(decoder, name=name, positions=positions, rounds=rounds)
@@ -50,18 +55,17 @@ def compare(decoder: Decoder, *, name: str = "model", positions: Sequence[int] =
     """
     twin = Decoder(softmax_twin(decoder.config)).to(decoder.device)
     decoders = {name: decoder, f"{name} softmax": twin}
-    result = Result({"positions": list(positions), "burst": BURST})
+    result = Result({"positions": list(positions), "steps": STEPS})
     for each in list(decoders):
         if (wrong := model_error(decoders[each])) > CORRECT:
             result.refused.append(f"{each}: relative error {wrong:.1e} against float64, over {CORRECT:.0e}")
             del decoders[each]
 
-    states = {each: read(decoders[each], positions) for each in decoders}
+    states = {each: {p: reserved(s) for p, s in read(decoders[each], positions).items()} for each in decoders}
     seconds = _step_seconds(decoders, states, rounds)
     for (each, position), times in seconds.items():
-        timing = milliseconds([spent / BURST for spent in times])
         size = states[each][position].nbytes()
-        result.rows.append({"model": each, "position": position, **timing, "state_bytes": size})
+        result.rows.append({"model": each, "position": position, **milliseconds(times), "state_bytes": size})
     result.figures = _figures(name, positions, seconds, {p: s.nbytes() for p, s in states.get(name, {}).items()})
     return result
 
@@ -119,26 +123,62 @@ def _stepwise(decoder: Decoder, tokens: Tensor) -> Tensor:
     return torch.cat(outputs, 1)
 
 
+@torch.inference_mode()
 def _step_seconds(
     decoders: Mapping[str, Decoder], states: Mapping[str, Mapping[int, DecoderState]], rounds: int
 ) -> dict[tuple[str, int], list[float]]:
-    """Seconds per burst, by model and position. States move on by a burst a round."""
-    now = {(name, position): state for name in states for position, state in states[name].items()}
-    if not now:
-        return {}
-    device = next(iter(decoders.values())).device
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    """Seconds per token, by model and position: for every round the median of STEPS single tokens.
 
-    def burst(name: str, position: int) -> None:
-        state, following = now[name, position], token
-        for _ in range(BURST):
-            logits, state = decoders[name](following, state)
-            following = logits[:, -1:].argmax(-1)
-        now[name, position] = state
-        synchronize(device)
+    Each turn starts where reading stopped, so a position stays what it is called however many rounds there are.
+    """
+    keys = [(name, position) for name in states for position in states[name]]
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+    for turn in range(rounds):
+        shift = turn % max(1, len(keys))
+        for name, position in keys[shift:] + keys[:shift]:
+            seconds[name, position].append(_turn(decoders[name], rewound(states[name][position])))
+    return seconds
 
-    with torch.inference_mode():
-        return interleave({key: partial(burst, *key) for key in now}, rounds=rounds, device=device)
+
+def _turn(decoder: Decoder, state: DecoderState) -> float:
+    """Median seconds of STEPS single tokens, each drawn from the logits before it."""
+    following = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
+    spent = []
+    for _ in range(1 + STEPS):
+        synchronize(decoder.device)
+        began = time.perf_counter()
+        logits, state = decoder(following, state)
+        following = logits[:, -1:].argmax(-1)
+        synchronize(decoder.device)
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent[1:])
+
+
+def reserved(state: DecoderState) -> DecoderState:
+    """A copy whose growing memories have buffers of their own with room for the tokens of one turn and no more."""
+
+    def reserve(memory: Tensors) -> Tensors:
+        if not isinstance(memory, History.State):
+            return memory
+        kept = History.compact(memory)
+        k, v = (F.pad(leaf, (0, 0, 0, 0, 0, 1 + STEPS)) for leaf in (kept.k, kept.v))
+        return kept._replace(k=k, v=v)
+
+    return _each_memory(state, reserve)
+
+
+def rewound(state: DecoderState) -> DecoderState:
+    """The same state as if nothing had been written behind it, so that the next token is appended in place."""
+
+    def rewind(memory: Tensors) -> Tensors:
+        return memory._replace(filled=memory.length.clone()) if isinstance(memory, History.State) else memory
+
+    return _each_memory(state, rewind)
+
+
+def _each_memory(state: DecoderState, change: Callable[[Tensors], Tensors]) -> DecoderState:
+    blocks: list[MixerState] = [{name: change(memory) for name, memory in block.items()} for block in state.blocks]
+    return DecoderState(tuple(blocks), state.positions)
 
 
 def _figures(

@@ -134,7 +134,7 @@ def _digest(header: Mapping[str, str], leaves: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name, leaf in sorted(leaves.items()):
         digest.update(f"{name} {tuple(leaf.shape)}".encode())
-        digest.update(memoryview(leaf.view(-1).view(torch.uint8).numpy()))
+        digest.update(leaf.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -133,6 +133,31 @@ def test_decoding_keeps_its_state_and_the_twin_does_not() -> None:
     assert [figure.met for figure in result.figures if "bytes" in figure.name] == [True]
 
 
+def test_the_twin_is_charged_neither_for_copying_nor_for_spare_room() -> None:
+    """Its buffers end where a turn does and stay where they are; a turn repeats from the same position."""
+    model = parse(ModelConfig, {"vocab": 17, "width": 16, "depth": 2, "heads": 2, "hidden": 16}, who="test")
+    twin = Decoder(decode.softmax_twin(model))
+    state = decode.read(twin, (8, 32))[8]
+    expected = _steps(twin, state)[0]
+    kept = decode.reserved(state)
+    buffers = [block["main"].k.data_ptr() for block in kept.blocks]
+    for _ in range(2):
+        logits, after = _steps(twin, decode.rewound(kept))
+        torch.testing.assert_close(logits, expected)
+        assert [block["main"].k.data_ptr() for block in after.blocks] == buffers
+        assert {block["main"].k.shape[1] for block in after.blocks} == {int(after.positions)}
+
+
+@torch.inference_mode()
+def _steps(decoder: Decoder, state: DecoderState) -> tuple[Tensor, DecoderState]:
+    """Logits of as many single tokens as a turn has, and the state after them."""
+    outputs = []
+    for token in range(1 + decode.STEPS):
+        logits, state = decoder(torch.tensor([[token]]), state)
+        outputs.append(logits)
+    return torch.cat(outputs), state
+
+
 def test_a_wrong_model_is_refused_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = parse(ModelConfig, {"vocab": 17, "width": 16, "depth": 1, "heads": 2, "hidden": 16}, who="test")
     decoder = Decoder(model)

@@ -214,7 +214,7 @@ def test_saved_models_open_again_and_damaged_ones_do_not(tmp_path: Path) -> None
     with pytest.raises(UserError, match="expected whole safetensors weights"):
         Decoder.load(tmp_path)
     Decoder(config(width=32)).save(tmp_path)
-    with pytest.raises(UserError, match="do not fit config.toml"):
+    with pytest.raises(UserError, match=r"do not fit config\.toml"):
         Decoder.load(tmp_path)
     weights.unlink()
     with pytest.raises(UserError, match="found none"):
