@@ -9,6 +9,7 @@ compares everything else.
 
 import argparse
 import contextlib
+import functools
 import inspect
 import io
 import itertools
@@ -29,7 +30,7 @@ from isotach import mixers, shapes
 from isotach.files import write_atomically
 from isotach.models.presets import preset
 from isotach.nn.mixer import Mixer, MixerConfig, MixerState, Place
-from isotach.ops.chunks import Step, plan
+from isotach.ops.chunks import Block, plan
 from isotach.ops.engine import Span
 from isotach.testing import laws
 from isotach.testing.subjects import Family, Layer
@@ -98,6 +99,7 @@ def options(mixer: type[Mixer]) -> str:
     return "\n".join(rows)
 
 
+@functools.cache
 def state_sizes(name: str) -> str:
     """Bytes of state per sequence, read off the states that layers of known presets return."""
     rows = ["| model | layers | state of each | bytes of each per sequence |", "|---|---|---|---|"]
@@ -129,11 +131,15 @@ def law_table(name: str, errors: Errors) -> str:
     rows = [f"| law | | tolerance | {name} | {family} |", "|---|---|---|---|---|"]
     for law in laws.LAWS:
         layer, inside = errors.get(law.number, ("unmeasured", "unmeasured"))
-        limit = (
-            "exact" if law.tolerance == 0 else f"{law.tolerance:.0e}" if law.tolerance < 1 else f"{law.tolerance:g}×"
-        )
-        rows.append(f"| {law.number} | {law.title} | {limit} | {layer} | {inside} |")
+        rows.append(f"| {law.number} | {law.title} | {tolerance(law)} | {layer} | {inside} |")
     return f"{head}\n\n" + "\n".join(rows)
+
+
+def tolerance(law: laws.Law) -> str:
+    """How much a law forgives, as the pages print it."""
+    if law.tolerance == 0:
+        return "exact"
+    return _scientific(law.tolerance, digits=0) if law.tolerance < 1 else f"{law.tolerance:g}×"
 
 
 def measured(name: str) -> Errors:
@@ -155,7 +161,11 @@ def _error(law: laws.Law, subject: Layer | Family) -> str:
         raise RuntimeError(f"law {law.number} of {verdict.subject} is broken: {verdict.worst}, {verdict.error:.1e}")
     if not verdict.cases:
         return NO_CASES
-    return f"{verdict.error:.1e}" if verdict.error else "0"
+    return _scientific(verdict.error, digits=1) if verdict.error else "0"
+
+
+def _scientific(value: float, *, digits: int) -> str:
+    return f"{value:.{digits}e}".replace("e-0", "e-")
 
 
 def _family(name: str) -> Family:
@@ -256,10 +266,10 @@ def lanes_picture() -> str:
         parts.append(_text(90 + 10 * (start + stop), 42.5, label, fill="#ffffff", anchor="middle"))
     lanes, bottom, x = len(cut.document), 104 + 40 * len(cut.document), 90.0
     parts += [_text(16, 121 + 40 * lane, f"lane {lane}", weight="600") for lane in range(lanes)]
-    for i, step in enumerate(block.steps):
-        width = unit * step.length - 3
-        for lane, start in zip(_lanes(step, lanes), _starts(step), strict=True):
-            label = f"{start}–{start + step.length - 1}" if step.length > 1 else f"{start}"
+    for i, (running, tokens) in enumerate(_rounds(block, bounds[-1])):
+        width = unit * tokens.shape[1] - 3
+        for lane, (first, *rest) in zip(running, tokens.tolist(), strict=True):
+            label = f"{first}–{rest[-1]}" if rest else f"{first}"
             parts.append(_box(x, 104 + 40 * lane, width, 26, HUES[int(cut.document[lane])]))
             parts.append(_text(x + width / 2, 121.5 + 40 * lane, label, fill="#ffffff", anchor="middle", size=12))
         parts += [_text(x, 91, f"step {i}"), _box(x - 5, 98, width + 10, bottom - 104, "none", stroke=INK)]
@@ -273,15 +283,12 @@ def lanes_picture() -> str:
     return _svg(830, bottom + 60, parts, title=" ".join(captions))
 
 
-def _lanes(step: Step, count: int) -> list[int]:
-    return list(range(count))[step.lanes] if isinstance(step.lanes, slice) else step.lanes.tolist()
-
-
-def _starts(step: Step) -> list[int]:
-    if step.stride is not None:
-        return [step.first + step.stride * j for j in range(step.count)]
-    assert step.index is not None
-    return [int(start) for start in step.index.view(step.count, step.length)[:, 0]]
+def _rounds(block: Block, tokens: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """What is computed at once: the lanes that take part, and the tokens (lanes, length) of their chunks."""
+    lanes, numbers = torch.arange(block.lanes.stop), torch.arange(tokens)[:, None, None]
+    for step in block.steps:
+        for chunks in step.load(numbers):  # as it loads q: (lanes, heads, length, channels)
+            yield step.pick(lanes).tolist(), chunks[:, 0, :, 0]
 
 
 def _svg(width: int, height: int, parts: list[str], *, title: str) -> str:

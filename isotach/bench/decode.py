@@ -134,8 +134,9 @@ def _step_seconds(
     keys = [(name, position) for name in states for position in states[name]]
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
     for turn in range(rounds):
-        shift = turn % max(1, len(keys))
-        for name, position in keys[shift:] + keys[:shift]:
+        # In another order every time, so that none always follows one that has swept the processor's cache.
+        for place in torch.randperm(len(keys), generator=generator(turn, "order")).tolist():
+            name, position = keys[place]
             seconds[name, position].append(_turn(decoders[name], rewound(states[name][position])))
     return seconds
 

@@ -10,7 +10,7 @@ documents and are never padded: full chunks come first, then what is left of eac
 any set of lengths needs at most log2(chunk) more steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,40 +23,34 @@ from torch import Tensor
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One batch of equally long chunks: `lanes` of the block take part, chunk j starting at token starts[j]."""
+    """Equally long chunks of several lanes, `repeats` times: lane j's chunks follow each other from starts[j] on."""
 
-    lanes: slice | Tensor
+    lanes: slice | Tensor  # of the block
     count: int
     length: int
+    repeats: int
     first: int
     stride: int | None  # distance between starts, None where they are not evenly spaced
-    index: Tensor | None  # then: the token numbers, (count * length,)
+    index: Tensor | None  # then: the token numbers, (count * length,), and repeats is 1
 
-    def load(self, flat: Tensor, out: Tensor) -> Tensor:
-        """Copy the chunks of flat (tokens, H, X) into out (count, H, length, X), converting dtype."""
-        if self.stride is not None:
-            return out.copy_(self._view(flat))
-        assert self.index is not None
-        return out.copy_(flat[self.index].unflatten(0, (self.count, self.length)).transpose(1, 2))
-
-    def store(self, flat: Tensor, value: Tensor) -> None:
-        """Copy value (count, H, length, X) to the chunks' places in flat (tokens, H, X)."""
-        if self.stride is not None:
-            self._view(flat).copy_(value)
-        else:
-            assert self.index is not None
-            flat.index_copy_(0, self.index, value.transpose(1, 2).flatten(0, 1).to(flat.dtype))
-
-    def _view(self, flat: Tensor) -> Tensor:
+    def load(self, flat: Tensor) -> Sequence[Tensor]:
+        """The chunks (count, H, length, X) of flat (tokens, H, X), one per repeat: views where evenly spaced."""
+        if self.index is not None:
+            return (flat[self.index].unflatten(0, (self.count, self.length)).transpose(1, 2),)
         assert self.stride is not None
         token, head, channel = flat.stride()
         return flat.as_strided(
-            (self.count, flat.shape[1], self.length, flat.shape[2]),
-            (self.stride * token, head, token, channel),
+            (self.repeats, self.count, flat.shape[1], self.length, flat.shape[2]),
+            (self.length * token, self.stride * token, head, token, channel),
             flat.storage_offset() + self.first * token,
-        )
+        ).unbind(0)
+
+    def store(self, flat: Tensor, value: Tensor) -> None:
+        """Put value (count, H, length, X) at the chunks' places in flat, where those are not views."""
+        assert self.index is not None
+        flat.index_copy_(0, self.index, value.transpose(1, 2).flatten(0, 1).to(flat.dtype))
 
     def pick(self, lanes: Tensor) -> Tensor:
         """The rows of this step's lanes: a view, or a copy that `put` writes back."""
@@ -129,9 +123,11 @@ def plan(bounds: tuple[int, ...], chunk: int, *, piece: int | None, lanes_per_bl
 
 def _steps(start: Ints, size: Ints, chunk: int, device: torch.device) -> Iterator[Step]:
     full, rest = size // chunk, size % chunk
-    for i in range(int(full.max(initial=0))):
-        running = int((full > i).sum())
-        yield _step(slice(0, running), start[:running] + i * chunk, chunk, device)
+    done = 0
+    for until in np.unique(full[full > 0]).tolist():  # the lanes that run until then are a prefix
+        running = int((full >= until).sum())
+        yield from _step(slice(0, running), start[:running] + done * chunk, chunk, until - done, device)
+        done = until
     at = start + full * chunk
     left = np.unique(rest[rest > 0])
     cuts = left if len(left) == 1 else [1 << bit for bit in reversed(range(int(left.max(initial=0)).bit_length()))]
@@ -139,13 +135,18 @@ def _steps(start: Ints, size: Ints, chunk: int, device: torch.device) -> Iterato
         chosen = np.flatnonzero(rest == cut if len(left) == 1 else rest & cut)
         if len(chosen):
             lanes = slice(0, len(start)) if len(chosen) == len(start) else torch.from_numpy(chosen).to(device)
-            yield _step(lanes, at[chosen], int(cut), device)
+            yield from _step(lanes, at[chosen], int(cut), 1, device)
             at[chosen] += cut
 
 
-def _step(lanes: slice | Tensor, starts: Ints, length: int, device: torch.device) -> Step:
+def _step(lanes: slice | Tensor, starts: Ints, length: int, repeats: int, device: torch.device) -> Iterator[Step]:
+    """One step for all repeats where the chunks can be viewed, else one per repeat."""
     gaps = np.unique(np.diff(starts))
     if len(gaps) == 0 or (len(gaps) == 1 and gaps[0] > 0):
-        return Step(lanes, len(starts), length, int(starts[0]), int(gaps[0]) if len(gaps) else length, None)
-    index = torch.from_numpy((starts[:, None] + np.arange(length)).reshape(-1)).to(device)
-    return Step(lanes, len(starts), length, int(starts[0]), None, index)
+        stride = int(gaps[0]) if len(gaps) else length
+        yield Step(lanes, len(starts), length, repeats, int(starts[0]), stride, None)
+        return
+    for i in range(repeats):
+        index = (starts[:, None] + i * length + np.arange(length)).reshape(-1)
+        first = int(starts[0]) + i * length
+        yield Step(lanes, len(starts), length, 1, first, None, torch.from_numpy(index).to(device))

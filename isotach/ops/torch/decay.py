@@ -21,7 +21,7 @@ Lightning Attention-2 (arXiv:2401.04658, algorithms 1 and 2); the gradient of th
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,12 +53,12 @@ def decay(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    loop = _Loop(q, k, v, log_decay, cu_seqlens, chunk_size)
     output = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+    loop = _Loop(cu_seqlens, chunk_size, q=q, k=k, v=v, log_decay=log_decay, o=output)
     after = loop.documents_like(state)
     for block, lanes in loop.states_before(state):
-        for step in block.steps:
-            loop.forward(step, block, lanes, output.flatten(0, 1))
+        for step, i in _chunks(block):
+            loop.forward(step, i, block, lanes)
         loop.keep(after, block, lanes, loop.plan.closes)
     return output, after
 
@@ -83,18 +83,18 @@ def _backward(
     with_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and state; of shape (0,) where the last two are not wanted."""
-    loop = _Loop(q, k, v, log_decay, cu_seqlens, chunk_size)
-    grads = _Grads.like(q, k, v, log_decay if with_decay else None)
-    flat_output = grad_output.flatten(0, 1)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dlog = _collector(log_decay) if with_decay else None
+    loop = _Loop(
+        cu_seqlens, chunk_size, q=q, k=k, v=v, log_decay=log_decay, do=grad_output, dq=dq, dk=dk, dv=dv, dlog=dlog
+    )
     before = loop.documents_like(grad_state) if with_state else q.new_empty(0)
-    states = loop.states_before(state)
-    for (block, lanes), (_, after) in zip(states, loop.grads_after(grad_state, flat_output), strict=True):
-        for step, own in loop.reversed_states(block, lanes):
-            loop.backward(step, block, own, after, flat_output, grads)
+    for (block, lanes), (_, after) in zip(loop.states_before(state), loop.grads_after(grad_state), strict=True):
+        for step, i, own in loop.reversed_states(block, lanes):
+            loop.backward(step, i, block, own, after)
         if with_state:
             loop.keep(before, block, after, loop.plan.opens)
-    dlog = q.new_empty(0) if grads.log_decay is None else grads.log_decay.to(log_decay.dtype)
-    return grads.q, grads.k, grads.v, dlog, before
+    return dq, dk, dv, q.new_empty(0) if dlog is None else dlog.to(log_decay.dtype), before
 
 
 @_backward.register_fake
@@ -143,38 +143,34 @@ class _Fade(NamedTuple):
     scores: HeadScores | ChannelScores
 
 
-class _Grads(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
+def _collector(log_decay: Tensor) -> Tensor:
+    """Room for the gradient of log_decay: every token's is written once, a shared one is summed in float64."""
+    if log_decay.shape[1] != 1:
+        return torch.empty(log_decay.shape, dtype=log_decay.dtype, device=log_decay.device)
+    return torch.zeros(log_decay.shape, dtype=torch.float64, device=log_decay.device)
 
-    @classmethod
-    def like(cls, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> "_Grads":
-        """Every token is written once; a decay shared along time collects in float64."""
-        collected = None
-        if log_decay is not None:
-            shared = log_decay.shape[1] == 1
-            collected = torch.zeros(
-                log_decay.shape, dtype=torch.float64 if shared else log_decay.dtype, device=q.device
-            )
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        return cls(dq, dk, dv, collected)
+
+def _chunks(block: Block) -> list[tuple[Step, int]]:
+    """The block's chunks in order: the i-th repeat of a step."""
+    return [(step, i) for step in block.steps for i in range(step.repeats)]
 
 
 class _Loop:
-    """One call's tensors, plan and buffers. Lane tensors are (lanes, H, K, V)."""
+    """One call's tensors by name, plan and buffers. Lane tensors are (lanes, H, K, V)."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, chunk_size: int
-    ) -> None:
+    def __init__(self, cu_seqlens: Tensor | None, chunk_size: int, **tensors: Tensor | None) -> None:
+        self.tensors = {name: x.flatten(0, 1) for name, x in tensors.items() if x is not None}
+        q, v, log_decay = tensors["q"], tensors["v"], tensors["log_decay"]
+        assert q is not None
+        assert v is not None
+        assert log_decay is not None
         batch, time, self.heads, self.width = q.shape
         self.values = v.shape[-1]
-        self.q, self.k, self.v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         self.log_decay = log_decay
         self.packed = cu_seqlens is not None
         self.scratch = Scratch(state_dtype(q), q.device)
         self._fades: dict[int, _Fade] = {}
+        self._views: dict[tuple[str, Step], Sequence[Tensor]] = {}
         bounds = tuple(range(0, batch * time + 1, time)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
         chunk = min(chunk_size, max(1, batch * time))
         self.plan = plan(
@@ -206,10 +202,11 @@ class _Loop:
             lanes = state[plan.document].to(self.scratch.dtype)
             local, log_total = torch.zeros_like(lanes), self._log_totals()
             for block in plan.blocks:
-                for step in block.steps:
-                    fade = self.fade(step, block)
-                    k, v = self.load("k", self.k, step), self.load("v", self.v, step)
-                    self._advance(step, local[block.lanes], fade, k, v)
+                for step, i in _chunks(block):
+                    fade = self.fade(step, i, block)
+                    self._carry(
+                        step, local[block.lanes], fade, fade.b, self.load("k", step, i), self.load("v", step, i)
+                    )
                     self._add(step, log_total[block.lanes], fade.log_total)
             for lane, following in plan.links:
                 lanes[following] = log_total[lane].to(lanes.dtype).exp() * lanes[lane] + local[lane]
@@ -217,17 +214,18 @@ class _Loop:
             own = state[plan.document[block.lanes]].to(self.scratch.dtype) if lanes is None else lanes[block.lanes]
             yield block, own
 
-    def grads_after(self, grad_state: Tensor, grad_output: Tensor) -> Iterator[tuple[Block, Tensor]]:
+    def grads_after(self, grad_state: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Every block with the gradients of the states after its lanes: states_before, mirrored."""
         plan, lanes = self.plan, None
         if plan.links:
             lanes = grad_state[plan.document].to(self.scratch.dtype)
             local, log_total = torch.zeros_like(lanes), self._log_totals()
             for block in plan.blocks:
-                for step in reversed(block.steps):
-                    fade = self.fade(step, block)
-                    q, do = self.load("q", self.q, step), self.load("do", grad_output, step)
-                    self._retreat(step, local[block.lanes], fade, q, do)
+                for step, i in reversed(_chunks(block)):
+                    fade = self.fade(step, i, block)
+                    self._carry(
+                        step, local[block.lanes], fade, fade.a, self.load("q", step, i), self.load("do", step, i)
+                    )
                     self._add(step, log_total[block.lanes], fade.log_total)
             for lane, following in reversed(plan.links):
                 lanes[lane] = log_total[following].to(lanes.dtype).exp() * lanes[following] + local[following]
@@ -246,63 +244,58 @@ class _Loop:
         chosen = which[block.lanes]
         documents[self.plan.document[block.lanes][chosen]] = lanes[chosen]
 
-    def reversed_states(self, block: Block, lanes: Tensor) -> Iterator[tuple[Step, Tensor]]:
-        """The block's steps from last to first, each with the states before it; `lanes` is overwritten."""
-        steps = block.steps
+    def reversed_states(self, block: Block, lanes: Tensor) -> Iterator[tuple[Step, int, Tensor]]:
+        """The block's chunks from last to first, each with the states before it; `lanes` is overwritten."""
+        chunks = _chunks(block)
         room = max(1, STATE_BYTES // (lanes.numel() * lanes.element_size()))
-        size = len(steps) if len(steps) <= room else math.ceil(math.sqrt(len(steps)))
-        groups = [steps[i : i + size] for i in range(0, len(steps), size)]
+        size = len(chunks) if len(chunks) <= room else math.ceil(math.sqrt(len(chunks)))
+        groups = [chunks[i : i + size] for i in range(0, len(chunks), size)]
         starts = []
         for group in groups[:-1]:
             starts.append(lanes.clone())
             self._sweep(group, block, lanes)
         for group in reversed(groups):
-            states = self._sweep(group, block, lanes)
-            yield from zip(reversed(group), reversed(states), strict=True)
+            for (step, i), before in reversed(list(zip(group, self._sweep(group, block, lanes), strict=True))):
+                yield step, i, before
             if starts:
                 lanes.copy_(starts.pop())
 
-    def _sweep(self, steps: tuple[Step, ...], block: Block, lanes: Tensor) -> list[Tensor]:
+    def _sweep(self, chunks: list[tuple[Step, int]], block: Block, lanes: Tensor) -> list[Tensor]:
+        """Advance the lanes over the chunks; the states before each."""
         states = []
-        for step in steps:
+        for step, i in chunks:
             states.append(step.pick(lanes).clone())
-            k, v = self.load("k", self.k, step), self.load("v", self.v, step)
-            self._advance(step, lanes, self.fade(step, block), k, v)
+            fade = self.fade(step, i, block)
+            self._carry(step, lanes, fade, fade.b, self.load("k", step, i), self.load("v", step, i))
         return states
 
-    # ---- one step
+    # ---- one chunk
 
-    def forward(self, step: Step, block: Block, lanes: Tensor, output: Tensor) -> None:
-        fade = self.fade(step, block)
-        q, k, v = self.load("q", self.q, step), self.load("k", self.k, step), self.load("v", self.v, step)
+    def forward(self, step: Step, i: int, block: Block, lanes: Tensor) -> None:
+        fade = self.fade(step, i, block)
+        q, k, v = self.load("q", step, i), self.load("k", step, i), self.load("v", step, i)
         scores, o = self.chunk("scores", step, step.length), self.chunk("o", step, self.values)
         fade.scores.forward(q, k, scores)
         torch.bmm(scores.flat, v.flat, out=o.flat)
-        q.wide.mul_(fade.a)
-        o.flat.baddbmm_(q.flat, step.pick(lanes).flatten(0, 1))
-        step.store(output, o.wide)
-        self._advance(step, lanes, fade, k, v)
+        o.flat.baddbmm_(self.faded(q, fade.a, step).flat, step.pick(lanes).flatten(0, 1))
+        self.store("o", step, i, o.wide)
+        self._carry(step, lanes, fade, fade.b, k, v)
 
-    def backward(
-        self, step: Step, block: Block, before: Tensor, lanes: Tensor, grad_output: Tensor, grads: _Grads
-    ) -> None:
+    def backward(self, step: Step, i: int, block: Block, before: Tensor, lanes: Tensor) -> None:
         """`before`: S; `lanes`: G after the chunk, replaced by G before it."""
-        fade, chunk = self.fade(step, block), self.chunk
-        q, k, v = self.load("q", self.q, step), self.load("k", self.k, step), self.load("v", self.v, step)
-        do, after = self.load("do", grad_output, step), step.pick(lanes)
-        with_decay = grads.log_decay is not None
+        fade, after = self.fade(step, i, block), step.pick(lanes)
+        q, k, v, do = (self.load(name, step, i) for name in ("q", "k", "v", "do"))
+        with_decay = "dlog" in self.tensors
 
-        scores, dscores, dv = (
-            chunk("scores", step, step.length),
-            chunk("dp", step, step.length),
-            chunk("dv", step, self.values),
+        scores, dscores = self.chunk("scores", step, step.length), self.chunk("dscores", step, step.length)
+        dq_in, dq_out, dk_in, dk_out = (
+            self.chunk(name, step, self.width) for name in ("dq_in", "dq_out", "dk_in", "dk_out")
         )
+        dv = self.chunk("dv", step, self.values)
         fade.scores.forward(q, k, scores)
         torch.bmm(scores.turned, do.flat, out=dv.flat)
         torch.bmm(do.flat, v.turned, out=dscores.flat)
-        dq_in, dk_in = chunk("dq_in", step, self.width), chunk("dk_in", step, self.width)
         fade.scores.backward(dscores, q, k, dq_in, dk_in, strict=with_decay)
-        dq_out, dk_out = chunk("dq_out", step, self.width), chunk("dk_out", step, self.width)
         torch.bmm(do.flat, before.flatten(0, 1).transpose(1, 2), out=dq_out.flat)
         torch.bmm(v.flat, after.flatten(0, 1).transpose(1, 2), out=dk_out.flat)
         dq_out.wide.mul_(fade.a)
@@ -311,30 +304,21 @@ class _Loop:
             across = (fade.total * before * after).sum(-1)
             inside = (dq_in.wide, dk_in.wide, dq_out.wide, dk_out.wide)
             dlog = _decay_gradient(across, q.wide, k.wide, *inside, shared=fade.a.shape[-1] == 1)
-            self._store_decay(step, block, dlog, grads)
+            self._store_decay(step, i, block, dlog)
             own = (do.wide * v.wide).sum(-1, keepdim=True)
             dq_in.wide.addcmul_(own, k.wide)
             dk_in.wide.addcmul_(own, q.wide)
-        k.wide.mul_(fade.b)
-        step.store(grads.q.flatten(0, 1), dq_in.wide.add_(dq_out.wide))
-        step.store(grads.k.flatten(0, 1), dk_in.wide.add_(dk_out.wide))
-        dv.flat.baddbmm_(k.flat, after.flatten(0, 1))
-        step.store(grads.v.flatten(0, 1), dv.wide)
-        self._retreat(step, lanes, fade, q, do)
+        dv.flat.baddbmm_(self.faded(k, fade.b, step).flat, after.flatten(0, 1))
+        self.store("dq", step, i, dq_in.wide.add_(dq_out.wide))
+        self.store("dk", step, i, dk_in.wide.add_(dk_out.wide))
+        self.store("dv", step, i, dv.wide)
+        self._carry(step, lanes, fade, fade.a, q, do)
 
-    def _advance(self, step: Step, lanes: Tensor, fade: _Fade, k: Buffer, v: Buffer) -> None:
-        """S ← e^{L_m} ∘ S + (b ∘ k)ᵀ v; k is overwritten."""
+    def _carry(self, step: Step, lanes: Tensor, fade: _Fade, weight: Tensor, left: Buffer, right: Buffer) -> None:
+        """S ← e^{L_m} ∘ S + (b ∘ k)ᵀ v with weight b, or G ← e^{L_m} ∘ G + (a ∘ q)ᵀ do with weight a."""
         state = step.pick(lanes).mul_(fade.total)
-        k.wide.mul_(fade.b)
-        state.flatten(0, 1).baddbmm_(k.turned, v.flat)
+        state.flatten(0, 1).baddbmm_(self.faded(left, weight, step).turned, right.flat)
         step.put(lanes, state)
-
-    def _retreat(self, step: Step, lanes: Tensor, fade: _Fade, q: Buffer, do: Buffer) -> None:
-        """G ← e^{L_m} ∘ G + (a ∘ q)ᵀ do; q is overwritten."""
-        grad = step.pick(lanes).mul_(fade.total)
-        q.wide.mul_(fade.a)
-        grad.flatten(0, 1).baddbmm_(q.turned, do.flat)
-        step.put(lanes, grad)
 
     @staticmethod
     def _add(step: Step, lanes: Tensor, value: Tensor) -> None:
@@ -343,28 +327,48 @@ class _Loop:
     def chunk(self, name: str, step: Step, width: int) -> Buffer:
         return self.scratch.take(name, step.count, self.heads, step.length, width)
 
-    def load(self, name: str, flat: Tensor, step: Step) -> Buffer:
-        buffer = self.chunk(name, step, flat.shape[2])
-        step.load(flat, buffer.wide)
+    def faded(self, x: Buffer, weight: Tensor, step: Step) -> Buffer:
+        """weight ∘ x, good until the next call."""
+        buffer = self.chunk("faded", step, x.wide.shape[-1])
+        torch.mul(x.wide, weight, out=buffer.wide)
         return buffer
 
-    def _store_decay(self, step: Step, block: Block, dlog: Tensor, grads: _Grads) -> None:
-        assert grads.log_decay is not None
-        if self.log_decay.shape[1] != 1:
-            step.store(grads.log_decay.flatten(0, 1), dlog)
+    def views(self, name: str, step: Step) -> Sequence[Tensor]:
+        """The step's chunks of a tensor; views are made once for all repeats, each costs as much as a small product."""
+        if step.index is not None:
+            return step.load(self.tensors[name])
+        if (name, step) not in self._views:
+            self._views[name, step] = step.load(self.tensors[name])
+        return self._views[name, step]
+
+    def load(self, name: str, step: Step, i: int) -> Buffer:
+        """The i-th chunks, to be read only: where there is one lane, the products read the tensor itself."""
+        source = self.views(name, step)[i]
+        if step.count == 1 and source.dtype == self.scratch.dtype:
+            return Buffer(source, source[0], source[0].transpose(1, 2))
+        buffer = self.chunk(name, step, source.shape[-1])
+        buffer.wide.copy_(source)
+        return buffer
+
+    def store(self, name: str, step: Step, i: int, value: Tensor) -> None:
+        if step.index is None:
+            self.views(name, step)[i].copy_(value)
         else:
-            grads.log_decay.index_add_(
-                0, self._sequences(step, block), dlog.sum(2, keepdim=True).transpose(1, 2).double()
-            )
+            step.store(self.tensors[name], value)
+
+    def _store_decay(self, step: Step, i: int, block: Block, dlog: Tensor) -> None:
+        if self.log_decay.shape[1] != 1:
+            self.store("dlog", step, i, dlog)
+        else:
+            total = dlog.sum(2).flatten(1).double()
+            self.tensors["dlog"].flatten(1).index_add_(0, self._sequences(step, block), total)
 
     # ---- decay
 
-    def fade(self, step: Step, block: Block) -> _Fade:
+    def fade(self, step: Step, i: int, block: Block) -> _Fade:
         """The chunk's decay; computed once per length where it does not depend on the token or the sequence."""
         if self.log_decay.shape[1] != 1:
-            flat = self.log_decay.flatten(0, 1)
-            shape = (step.count, self.heads, step.length, flat.shape[2])
-            return self._fade(step.load(flat, flat.new_empty(shape, dtype=torch.float64)).cumsum(2))
+            return self._fade(self.views("log_decay", step)[i].double().cumsum(2))
         one = self.log_decay.shape[0] == 1 or self.log_decay.stride(0) == 0
         if one and step.length in self._fades:
             return self._fades[step.length]
@@ -395,7 +399,7 @@ class _Loop:
 
     def _log_totals(self) -> Tensor:
         lanes, channels = len(self.plan.document), self.log_decay.shape[-1]
-        return torch.zeros(lanes, self.heads, channels, 1, dtype=torch.float64, device=self.q.device)
+        return torch.zeros(lanes, self.heads, channels, 1, dtype=torch.float64, device=self.scratch.device)
 
 
 def _decay_gradient(
