@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from isotach.errors import UserError
 
@@ -17,6 +17,14 @@ class Config(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error rather than a surprise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _only_switches(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false, which pydantic would take for the numbers 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"got {str(value).lower()}, but this key is no switch; give its value")
+        return value
 
     @classmethod
     def keys(cls) -> list[str]:
@@ -72,6 +80,10 @@ def set_dotted(data: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if text.lstrip()[:1] in ("[", "{"):
+            raise UserError(
+                f"override {override!r}: expected a TOML list or table; quote it for the shell, as in '{key}=[\"a\"]'"
+            ) from None
         value = text
     table = data
     for name in path[:-1]:
@@ -92,15 +104,23 @@ def sentence(cls: type[Config], who: str, error: ValidationError) -> str:
     """The first fault as one sentence that names the key, and the nearest valid one where it is unknown."""
     first: Any = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
-    key = ".".join(location) or "the configuration"
     if first["type"] == "extra_forbidden":
-        return f"{who}: unknown key {key}; {nearest(location[-1], _keys(cls, location[:-1]))}"
+        *path, name = location
+        moved = [f"{table}.{name}" for table in cls.model_fields if name in _keys(cls, [table])]
+        hint = f"did you mean {moved[0]}?" if moved else nearest(name, _keys(cls, path))
+        return f"{who}: unknown key {'.'.join(location)}; {hint}"
+    # Of a union, pydantic also names the member that it tried.
+    location = [part for part in location if part.isidentifier() or part.isdecimal()]
+    key = ".".join(location) or "the configuration"
     if first["type"] == "missing":
         return f"{who}: {key} is required; add it"
     if first["type"] == "value_error":
         return ": ".join([who, *([key] if location else []), str(first["ctx"]["error"])])
     got = "a table" if isinstance(first["input"], dict) else repr(first["input"])
-    return f"{who}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}; got {got}"
+    if first["type"] == "model_type":
+        return f"{who}: {key}: expected a table, got {got}; write its keys below [{key}]"
+    message = (first["msg"][0].lower() + first["msg"][1:]).replace("tuple", "list")
+    return f"{who}: {key}: {message}; got {got}"
 
 
 def _keys(cls: type[Config], path: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,18 +12,22 @@ from isotach.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, remedy: str = "choose another folder") -> Iterator[BinaryIO]:
     """A writable file that takes the name `path` once the block ends and its bytes are on disk.
 
     Until then it has a hidden temporary name in the same folder; if the block raises, it is removed and `path` is
-    as it was. Raises UserError when the folder cannot be written or the disk is full.
+    as it was. Raises UserError when the folder cannot be written, the disk is full, or `path` is a folder, pipe or
+    device; `remedy` is what its sentence advises.
     """
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "pipe or device"
+        raise UserError(f"{path}: expected a file to write, got a {kind}; choose another name")
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = temporary.open("xb")
     except OSError as error:
-        raise _refusal(path, error) from None
+        raise _refusal(path, error, remedy) from None
     try:
         with file:
             yield file
@@ -33,14 +37,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _refusal(path, error) from None
+            raise _refusal(path, error, remedy) from None
         raise
 
 
-def _refusal(path: Path, error: OSError) -> UserError:
+def check_writable(path: Path) -> None:
+    """Raise now what `replacing` would raise after hours of work, except for a disk that fills up meanwhile."""
+    with suppress(_Checked), replacing(path):
+        raise _Checked
+
+
+class _Checked(Exception):
+    """Leaves `replacing` before it touches `path`."""
+
+
+def _refusal(path: Path, error: OSError, remedy: str) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path}: the disk is full, nothing was written; free some space or choose another folder")
-    return UserError(f"{path}: expected a writable place, got {error.strerror or error}; choose another folder")
+        return UserError(f"{path}: the disk is full, nothing was written; free some space or {remedy}")
+    file_above = isinstance(error, FileExistsError | NotADirectoryError)
+    reason = "a file where its folder should be" if file_above else error.strerror or error
+    return UserError(f"{path}: expected a writable place, got {reason}; {remedy}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

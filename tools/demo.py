@@ -52,7 +52,7 @@ from isotach.train.recipe import Recipe, changed
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, TWIN = "isotach", "isotach softmax"  # what the benchmark calls the model and its twin
 PROMPT = 'def read_lines(path):\n    """'
-SAMPLING = Sampling(temperature=0.5, seed=0, max_tokens=400)
+SAMPLING = Sampling(temperature=0.6, seed=0, max_tokens=400)
 COLOURS = {MODEL: "#0072B2", TWIN: "#D55E00"}  # Okabe and Ito: told apart by every kind of colour vision, and in grey
 UNITS = ("bytes", "KiB", "MiB", "GiB")
 Rows = dict[tuple[str, int], report.Row]
@@ -103,7 +103,7 @@ def learn(recipe: Recipe, run: Path) -> str | None:
     """Train, or train on, or find that nothing is left to do; the signal that stopped it, if one did."""
     resume = _continues(recipe, run)
     if not resume:
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)  # `train` refuses a folder that could not go
     print(
         f"A model of {Decoder(recipe.model).parameter_count() / 1e6:.2f} million parameters reads "
         f"{recipe.train.steps * recipe.train.batch_tokens:,} bytes of the Python standard library.",

@@ -20,6 +20,7 @@ from isotach.errors import UserError
 # What the file system may answer, and what the user can do about it.
 REMEDIES = {
     errno.EACCES: "check its permissions, or choose another place",
+    errno.EEXIST: "choose another name",
     errno.EDQUOT: "free some space, or choose another place",
     errno.EFBIG: "choose a place that takes larger files",
     errno.EISDIR: "name a file",
@@ -40,12 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except typer.TyperException as error:
         command = " ".join(["isotach", *(word for word in arguments[:1] if word in verbs())])
-        return _refuse(f"{command}: {error.format_message().rstrip('.')}; see {command} --help")
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        return _refuse(f"{command}: {message}{' See' if message.endswith('?') else '; see'} {command} --help")
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        place = error.filename2 or error.filename or "isotach"
-        return _refuse(f"{place}: {error.strerror}; {REMEDIES[error.errno]}")
+        place = error.filename if error.filename2 is None else error.filename2
+        name = "isotach" if place is None else place or "''"
+        return _refuse(f"{name}: {error.strerror}; {REMEDIES[error.errno]}")
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return result if isinstance(result, int) else 0

@@ -73,8 +73,8 @@ def chat(
             return Session(decoder, tokenizer, keep_tokens=False)
         return Session.load(path, decoder, tokenizer)
 
-    print(f"seed {sampling.seed}; /help lists the commands", file=sys.stderr)
     session = begin(state)
+    print(f"seed {sampling.seed}; /help lists the commands", file=sys.stderr)
     while (line := _ask()) is not None:
         command, _, argument = line.strip().partition(" ")
         try:
@@ -115,6 +115,8 @@ def _answer(session: "Session", turn: str, sampling: "Sampling") -> None:
 
 def _ask() -> str | None:
     """The user's next line; None at the end of input."""
+    if sys.stdin is None:  # closed by whoever started this
+        return None
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "")

@@ -52,6 +52,7 @@ def generate(
     """Continue a text. What is written goes to standard output as it comes, figures to standard error."""
     from isotach import config
     from isotach.errors import UserError
+    from isotach.files import check_writable
     from isotach.infer.generate import Session, generate_batch
     from isotach.infer.open import open_checkpoint
     from isotach.infer.sample import Sampling
@@ -77,6 +78,8 @@ def generate(
             f"generate: expected one -p beside --file, --state or --save-state, got {len(prompts)}; run them one by one"
         )
     decoder, tokenizer = open_checkpoint(resolve(run), device=device)
+    if save_state is not None:
+        check_writable(save_state)
     if len(prompts) > 1:
         events = generate_batch(decoder, tokenizer, prompts, [sampling] * len(prompts))
         _show(events, prompts, tokenizer, sampling, as_json=as_json)
@@ -85,9 +88,16 @@ def generate(
         Session(decoder, tokenizer, keep_tokens=False) if state is None else Session.load(state, decoder, tokenizer)
     )
     before, began = len(session), time.perf_counter()
-    session.read(_pieces(tokenizer, file, prompts))
-    read, seconds = len(session) - before, time.perf_counter() - began
-    _show(((0, event) for event in session.generate(sampling)), prompts or [""], tokenizer, sampling, as_json=as_json)
+    try:
+        session.read(_pieces(tokenizer, file, prompts))
+        read, seconds = len(session) - before, time.perf_counter() - began
+        events = ((0, event) for event in session.generate(sampling))
+        _show(events, prompts or [""], tokenizer, sampling, as_json=as_json)
+    except (KeyboardInterrupt, BrokenPipeError):
+        # A session is whole at any moment, and its past may have taken hours to read.
+        if save_state is not None and len(session) > 1:
+            session.save(save_state)
+        raise
     speed = f"read {read:,} tokens in {seconds:.2f} s"
     print(f"{speed}; state: {session.nbytes():,} bytes after {len(session):,} tokens", file=sys.stderr)
     if save_state is not None:
@@ -100,13 +110,20 @@ def _pieces(tokenizer: "Tokenizer", file: str | None, prompts: list[str]) -> Ite
     from isotach.errors import UserError
 
     if file is not None:
+        name = "standard input" if file == "-" else file
+        if file == "-" and sys.stdin is None:
+            raise UserError(f"{name}: expected text, found it closed; pipe a text into it")
         size = PIECE if isinstance(tokenizer, ByteTokenizer) else -1
         try:
             with open(0 if file == "-" else file, encoding="utf-8", newline="", closefd=file != "-") as stream:
                 while piece := stream.read(size):
+                    if "\0" in piece:
+                        raise UserError(f"{name}: expected UTF-8 text, got a zero byte; convert it first")
                     yield piece
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}: expected UTF-8 text, got other bytes ({error}); convert it first") from None
+            raise UserError(
+                f"{name}: expected UTF-8 text, got other bytes ({error.reason}); convert it first"
+            ) from None
     yield from prompts
 
 

@@ -73,6 +73,8 @@ def _config(model: str, overrides: list[str]):  # type: ignore[no-untyped-def]
         raise UserError(
             f"inspect: {model} is neither a preset nor a recipe, run or checkpoint; {nearest(model, PRESETS)}"
         )
+    if not isinstance(table, dict):
+        raise UserError(f"{model}: model: expected a table, got {table!r}; write its keys below [model]")
     for override in overrides:
         configuration.set_dotted(table, override)
     return configuration.parse(ModelConfig, table, who=model)
@@ -80,8 +82,10 @@ def _config(model: str, overrides: list[str]):  # type: ignore[no-untyped-def]
 
 def _softmax(config):  # type: ignore[no-untyped-def]
     from isotach import mixers
+    from isotach.config import parse
 
-    options = mixers.find("softmax").Config(width=config.width, heads=config.heads)
+    shape = {"width": config.width, "heads": config.heads}
+    options = parse(mixers.find("softmax").Config, shape, who="inspect: the softmax model beside it")
     return {**config.mixers, "softmax": config.mixers.get("softmax", options)}
 
 

@@ -22,12 +22,13 @@ def tokenize(
     from isotach.data.stream import DataConfig, read_text
     from isotach.data.tokenizer import train_bpe
     from isotach.errors import UserError
-    from isotach.files import replacing
+    from isotach.files import check_writable, replacing
 
     if out.is_dir():
         raise UserError(f"{out}: expected a file to write, got a folder; use --out {out / 'tokenizer.json'}")
     if out.exists() and not force:
         raise UserError(f"{out}: expected a new file, got one that exists; choose another name or add --force")
+    check_writable(out)
     data = {"train": sources, "text_field": text_field, "document_separator": separator}
     config = parse(DataConfig, data, who="tokenize")
     tokenizer = train_bpe(read_text(config, "train"), vocab)

@@ -22,6 +22,7 @@ def train(
 
     The exit code is 0 when all steps are done, 130 after Ctrl-C and 143 after SIGTERM, as shells and schedulers expect.
     """
+    import shlex
     import sys
 
     from isotach import config
@@ -36,10 +37,11 @@ def train(
     folder = run or Path("runs") / recipe.stem
     summary = loop.train(resolved, folder, resume=resume, sinks=[Bar(resolved.train.steps)])
     say = f"step {summary.step}/{resolved.train.steps}, {summary.checkpoint}"
+    name = shlex.quote(str(folder))
     if summary.stopped is not None:
         print(
             f"Stopped by {summary.stopped} and saved: {say}\n"
-            f"Continue with: isotach train {folder}/config.toml --run {folder} --resume",
+            f"Continue with: isotach train {name}/config.toml --run {name} --resume",
             file=sys.stderr,
         )
         return 128 + signal.Signals[summary.stopped]
@@ -48,5 +50,5 @@ def train(
         return 0
     valid = f", validation {describe(summary.last, prefix='valid_')}" if "valid_loss" in summary.last else ""
     print(f"Done: {say}: {describe(summary.last)}{valid}", file=sys.stderr)
-    print(f"Try: isotach generate {folder} -p 'Once upon a time'", file=sys.stderr)
+    print(f"Try: isotach generate {name} -p 'Once upon a time'", file=sys.stderr)
     return 0

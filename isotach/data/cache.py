@@ -61,7 +61,7 @@ def write(path: Path, runs: Iterable[Run], tokenizer: Tokenizer, key: str) -> No
     eos = np.array([tokenizer.eos], dtype=dtype).tobytes()
     bounds = array("q", [0])
     tokens, text_bytes, digest = 0, 0, hashlib.sha256()
-    with replacing(path) as file:
+    with replacing(path, remedy="set data.cache to another folder") as file:
         file.write(bytes(HEADER_BYTES))
         for run in runs:
             data = run.ids.astype(dtype).tobytes() + (eos if run.last else b"")

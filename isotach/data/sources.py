@@ -274,6 +274,8 @@ def _stdlib() -> Sources:
 @functools.cache
 def _standard_input() -> Path:
     """A copy of standard input, which can be read only once and is needed several times; removed at exit."""
+    if sys.stdin is None:
+        raise UserError("standard input: expected text, found it closed; pipe a text into it")
     handle, name = tempfile.mkstemp(prefix="isotach-stdin-")
     atexit.register(Path(name).unlink, missing_ok=True)
     try:

@@ -49,10 +49,10 @@ class DataConfig(Config):
     train: Source | Annotated[tuple[Source, ...], Field(min_length=1)] = "stdlib"
     valid: Source | Annotated[tuple[Source, ...], Field(min_length=1)] | None = None
     valid_fraction: float = Field(default=0.05, ge=0, lt=1)
-    tokenizer: str = "bytes"
+    tokenizer: Source = "bytes"
     text_field: str = "text"
     document_separator: str | None = Field(default=None, min_length=1)
-    cache: str | None = None
+    cache: Source | None = None
     workers: int = Field(default=1, ge=0)
 
 

@@ -23,6 +23,7 @@ from isotach.files import replacing
 FILE_NAME = "tokenizer.json"
 BYTES: Mapping[str, Any] = {"isotach": "bytes"}
 END_OF_TEXT = "<|endoftext|>"
+MOST_TOKENS = 1 << 20  # the library allocates them all before it reads; published vocabularies end at a quarter
 # What published vocabularies call the end of a document; where a file has several, documents end with the first.
 EOS_NAMES = (
     END_OF_TEXT,
@@ -283,13 +284,17 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab: int) -> JsonTokenizer:
     """Train a byte-level BPE of at most `vocab` tokens, 256 bytes and <|endoftext|> among them.
 
-    The same texts in the same order give the same file. Raises UserError when `vocab` is under 257 or there is no text.
+    The same texts in the same order give the same file. Raises UserError when `vocab` is not from 257 to MOST_TOKENS,
+    or there is no text.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab < 257:
-        raise UserError(f"tokenize: vocab must hold 256 bytes and {END_OF_TEXT}, got {vocab}; ask for 257 or more")
+    if not 257 <= vocab <= MOST_TOKENS:
+        raise UserError(
+            f"tokenize: vocab must hold 256 bytes and {END_OF_TEXT}, got {vocab}; "
+            f"ask for 257 or more, {MOST_TOKENS} at most"
+        )
     seen = 0
 
     def counted() -> Iterator[str]:
@@ -318,7 +323,8 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"tokenizer: expected valid Unicode, got a lone surrogate at character {error.start}; give UTF-8 text"
+            f"tokenizer: expected valid Unicode, got a lone surrogate at character {error.start}, "
+            "as bytes that are not UTF-8 become; give UTF-8 text"
         ) from None
 
 

@@ -118,7 +118,7 @@ class Session:
         """
         check_logprobs(sampling, self.tokenizer)
         if self.past is None:
-            raise UserError("generate: expected at least one token to continue, got none; read a prompt first")
+            raise UserError("generate: expected at least one token to continue, got none; give it some text first")
         return self._generate(self.past, _Request(self.tokenizer, sampling, self.past.unread))
 
     def _generate(self, past: Past, request: "_Request") -> Iterator[Event]:
@@ -267,9 +267,9 @@ def generate_batch(
     for sampling in samplings:
         check_logprobs(sampling, tokenizer)
     ids = [encode(tokenizer, prompt).tolist() for prompt in prompts]
-    for index, row in enumerate(ids):
+    for index, row in enumerate(ids, 1):
         if not row:
-            raise UserError(f"generate: prompt {index} is empty; give it at least one token")
+            raise UserError(f"generate: prompt {index} of {len(ids)} is empty; give it at least one token")
     return _generate_batch(decoder, tokenizer, ids, samplings, chunk)
 
 

@@ -32,7 +32,7 @@ class Sampling(Config):
     - top_p: keep the fewest likeliest tokens whose probabilities sum to at least top_p; 1 keeps all.
     - min_p: keep tokens at least min_p times as probable as the likeliest; 0 keeps all.
     - repetition_penalty: positive logits of tokens that occurred anywhere in the context are divided by it, negative
-      ones multiplied (CTRL, arXiv:1909.05858); 1 changes nothing, below 1 favours repetition.
+      ones multiplied (CTRL, arXiv:1909.05858); 1 changes nothing, below 1 favours repetition. From 0.001 to 1000.
     - seed: of the draws; None takes fresh entropy when generation starts.
     - stop: strings that end the text; neither they nor any beginning of them is ever emitted.
     - max_tokens: tokens after which generation ends.
@@ -41,10 +41,10 @@ class Sampling(Config):
     """
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     max_tokens: Annotated[int, Field(ge=1)] = 256

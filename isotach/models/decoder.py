@@ -67,14 +67,25 @@ class ModelConfig(Config):
         if "mixers" in data:
             raise ValueError("unknown key mixers; write a mixer's options as a table by its name")
         if "preset" in data:
-            data = preset(data.pop("preset")) | data
+            name = data.pop("preset")
+            if not isinstance(name, str):
+                raise ValueError(f"preset: expected a name, got {name!r}")
+            data = preset(name) | data
         options = {name: data.pop(name) for name in mixers.names() if name in data}
         pattern = data.get("pattern", ("lightning",))
-        for name in sorted(set(options) | set(pattern if isinstance(pattern, list | tuple) else ())):
-            shape = {key: data[key] for key in ("width", "heads") if key in data}
+        named = {name for name in pattern if isinstance(name, str)} if isinstance(pattern, list | tuple) else set()
+        shape = {key: data[key] for key in ("width", "heads") if key in data}
+        for name in sorted(set(options) | named):
+            table = options.pop(name, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"{name}: expected a table of options, got {table!r}")
+            if own := [key for key in ("width", "heads") if key in table]:
+                raise ValueError(f"{name}: {own[0]} is the same for all mixers; set it in [model]")
             try:
-                options[name] = mixers.find(name).Config.model_validate(shape | options.get(name, {}))
+                options[name] = mixers.find(name).Config.model_validate(shape | table)
             except ValidationError as error:
+                if error.errors()[0]["loc"][:1] in (("width",), ("heads",)):
+                    continue  # told below, where the key is the user's
                 raise ValueError(configuration.sentence(mixers.find(name).Config, name, error)) from None
         return data | {"mixers": options}
 

@@ -126,7 +126,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
     except FileNotFoundError:
         raise UserError(f"state {path}: expected a state file, found none; check the path") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"state {path}: expected a whole safetensors file, got {error}; use another copy") from None
+        reason = "a folder" if Path(path).is_dir() else error
+        raise UserError(f"state {path}: expected a whole safetensors file, got {reason}; use another copy") from None
 
 
 def _digest(header: Mapping[str, str], leaves: Mapping[str, Tensor]) -> str:
@@ -140,7 +141,12 @@ def _digest(header: Mapping[str, str], leaves: Mapping[str, Tensor]) -> str:
 
 def _expect(path: str | os.PathLike[str], what: str, expected: Any, got: Any, remedy: str) -> None:
     if expected != got:
-        raise UserError(f"state {path}: expected {what} {expected}, got {got}; {remedy}")
+        raise UserError(f"state {path}: expected {what} {_brief(expected)}, got {_brief(got)}; {remedy}")
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"
 
 
 def _fill(path: str | os.PathLike[str], name: str, like: Tensors, leaves: dict[str, Tensor], rows: int) -> Tensors:

@@ -10,7 +10,7 @@ documents and are never padded: full chunks come first, then what is left of eac
 any set of lengths needs at most log2(chunk) more steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -35,22 +35,28 @@ class Step:
     stride: int | None  # distance between starts, None where they are not evenly spaced
     index: Tensor | None  # then: the token numbers, (count * length,), and repeats is 1
 
-    def load(self, flat: Tensor) -> Sequence[Tensor]:
-        """The chunks (count, H, length, X) of flat (tokens, H, X), one per repeat: views where evenly spaced."""
+    def load(self, flat: Tensor, i: int, repeats: int, out: Tensor) -> Tensor:
+        """Copy repeats i.. of flat (tokens, H, X) into out (repeats * count, H, length, X), repeat after repeat."""
         if self.index is not None:
-            return (flat[self.index].unflatten(0, (self.count, self.length)).transpose(1, 2),)
+            return out.copy_(flat[self.index].unflatten(0, (self.count, self.length)).transpose(1, 2))
+        out.unflatten(0, (repeats, self.count)).copy_(self._view(flat, i, repeats))
+        return out
+
+    def store(self, flat: Tensor, i: int, repeats: int, value: Tensor) -> None:
+        """Copy value, shaped as `out` of load, to its place in flat."""
+        if self.index is not None:
+            flat.index_copy_(0, self.index, value.transpose(1, 2).flatten(0, 1).to(flat.dtype))
+        else:
+            self._view(flat, i, repeats).copy_(value.unflatten(0, (repeats, self.count)))
+
+    def _view(self, flat: Tensor, i: int, repeats: int) -> Tensor:
         assert self.stride is not None
         token, head, channel = flat.stride()
         return flat.as_strided(
-            (self.repeats, self.count, flat.shape[1], self.length, flat.shape[2]),
+            (repeats, self.count, flat.shape[1], self.length, flat.shape[2]),
             (self.length * token, self.stride * token, head, token, channel),
-            flat.storage_offset() + self.first * token,
-        ).unbind(0)
-
-    def store(self, flat: Tensor, value: Tensor) -> None:
-        """Put value (count, H, length, X) at the chunks' places in flat, where those are not views."""
-        assert self.index is not None
-        flat.index_copy_(0, self.index, value.transpose(1, 2).flatten(0, 1).to(flat.dtype))
+            flat.storage_offset() + (self.first + i * self.length) * token,
+        )
 
     def pick(self, lanes: Tensor) -> Tensor:
         """The rows of this step's lanes: a view, or a copy that `put` writes back."""

@@ -6,6 +6,7 @@ file: a truncated, edited or foreign folder is refused, with the file and the re
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -44,6 +45,9 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"{TEMPORARY}*"):  # of a process that was killed
                 shutil.rmtree(leftover)
+            probe = self.folder / f"{TEMPORARY}probe"  # refused now, not at the first save
+            probe.mkdir()
+            probe.rmdir()
 
     def save(self, fill: Callable[[Path], None], training: dict[str, Any]) -> None:
         """Start writing the checkpoint of step `training["step"]`; returns while the disk works.
@@ -165,6 +169,10 @@ def resolve(path: Path) -> Path:
         return latest(path)
     if not path.is_dir():
         raise UserError(f"{path}: expected a run or a checkpoint folder, found none; check the path")
+    if not (path / MANIFEST).exists():
+        raise UserError(
+            f"{path}: expected a run or a checkpoint folder, found neither {FOLDER} nor a {MANIFEST}; check the path"
+        )
     verify(path)
     return path
 
@@ -176,7 +184,9 @@ def step_folder(run: Path, step: int) -> Path:
 
 def step_folders(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first; not verified."""
-    found = [path for path in (run / FOLDER).glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+    folder = run / FOLDER
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in paths if path.name.startswith("step-") and path.name[5:].isdecimal() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -186,11 +196,11 @@ def explained(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk said
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise UserError(
-            f"{place}: could not be written to: {reason[0].lower()}{reason[1:]}; "
-            "free space there or choose another place"
-        ) from error
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error)
+        refused = number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+        remedy = "choose another place" if refused else "free space there or choose another place"
+        raise UserError(f"{place}: could not be written to: {reason[0].lower()}{reason[1:]}; {remedy}") from error
 
 
 def _best(folders: list[Path]) -> Path | None:

@@ -339,7 +339,10 @@ def _start(recipe: Recipe, run: Path, *, resume: bool) -> Path | None:
     """The checkpoint to continue from, or None for a fresh start; refuses folders that fit neither."""
     if not resume:
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"{run}: expected a new or empty run folder; continue it with --resume or choose another")
+            begun = run.is_dir() and checkpoint.step_folders(run)
+            got = "one with checkpoints" if begun else "something else, without a checkpoint to continue from"
+            remedy = "continue it with --resume or choose another" if begun else "choose another, or remove it first"
+            raise UserError(f"{run}: expected a new or empty run folder, got {got}; {remedy}")
         return None
     folder = checkpoint.latest(run)
     before = config.load(Recipe, folder / RECIPE)

@@ -114,8 +114,10 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     path = run / LOG
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run}: expected a run folder with a {LOG}, found none; check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: expected JSON lines, got bytes that are not UTF-8; restore or remove it") from None
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # a whole file ends in a newline: the last piece is empty
         try:

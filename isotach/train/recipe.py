@@ -11,6 +11,7 @@ from isotach.models.decoder import ModelConfig
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Config):
@@ -39,7 +40,7 @@ class TrainConfig(Config):
     accumulate: Count = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
     schedule: Literal["wsd", "cosine"] = "wsd"
@@ -54,7 +55,7 @@ class TrainConfig(Config):
     valid_tokens: Count = 65536
     checkpoint_every: Count = 250
     keep: Count = 3
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     tensorboard: bool = False
 
     @model_validator(mode="after")

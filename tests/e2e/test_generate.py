@@ -241,7 +241,7 @@ def test_bad_requests_are_refused_in_one_sentence(decoder: Decoder) -> None:
     session = Session(decoder, BYTES)
     with pytest.raises(UserError, match="at least one token"):
         session.generate(Sampling())
-    with pytest.raises(UserError, match="prompt 1 is empty"):
+    with pytest.raises(UserError, match="prompt 2 of 2 is empty"):
         generate_batch(decoder, BYTES, ["a", ""], [Sampling()] * 2)
     with pytest.raises(UserError, match="one sampling per prompt"):
         generate_batch(decoder, BYTES, ["a"], [])

@@ -343,7 +343,7 @@ def test_folders_that_do_not_fit_are_refused(text: Path, tmp_path: Path) -> None
         train(recipe(text), tmp_path / "new", resume=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(UserError, match="continue it with --resume or choose another"):
+    with pytest.raises(UserError, match="without a checkpoint to continue from; choose another"):
         train(recipe(text), tmp_path / "full")
     train(recipe(text, steps=5), tmp_path / "run")
     os.truncate(checkpoint.latest(tmp_path / "run") / "training.safetensors", 100)

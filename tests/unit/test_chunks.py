@@ -22,8 +22,9 @@ def tokens(cut: Plan, lane: int) -> list[int]:
             rows = torch.arange(block.lanes.stop - block.lanes.start)[step.lanes].tolist()
             if lane - block.lanes.start in rows:
                 row = rows.index(lane - block.lanes.start)
-                for chunk in step.load(torch.arange(10_000).view(-1, 1, 1)):
-                    visited += chunk[row].flatten().tolist()
+                out = torch.empty(step.repeats * step.count, 1, step.length, 1, dtype=torch.int64)
+                step.load(torch.arange(10_000).view(-1, 1, 1), 0, step.repeats, out)
+                visited += out[row :: step.count].flatten().tolist()
     return visited
 
 
@@ -68,9 +69,6 @@ def test_store_puts_back_what_load_took(heads: int, width: int, documents: int) 
     copy = torch.full_like(flat, -1)
     for block in plan(bounds, 8, piece=None, lanes_per_block=3, device=CPU).blocks:
         for step in block.steps:
-            for source, target in zip(step.load(flat), step.load(copy), strict=True):
-                if step.index is None:
-                    target.copy_(source)
-                else:
-                    step.store(copy, source)
+            out = torch.empty(step.repeats * step.count, heads, step.length, width, dtype=torch.float64)
+            step.store(copy, 0, step.repeats, step.load(flat, 0, step.repeats, out))
     assert torch.equal(copy, flat)

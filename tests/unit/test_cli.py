@@ -78,7 +78,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["gret"], "isotach: No such command 'gret'. Did you mean 'greet'?; see isotach --help"),
+        (["gret"], "isotach: No such command 'gret'. Did you mean 'greet'? See isotach --help"),
         (["greet"], "isotach greet: Missing argument 'name'; see isotach greet --help"),
         (["greet", "you", "--tims", "2"], "isotach greet: No such option: --tims"),
         (["greet", "you", "--times", "two"], "isotach greet: Invalid value for '--times': "),

@@ -21,7 +21,7 @@ Lightning Attention-2 (arXiv:2401.04658, algorithms 1 and 2); the gradient of th
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from isotach.ops.torch.scores import ChannelScores, HeadScores
 from isotach.ops.torch.scratch import Buffer, Scratch
 
 CHUNK = 64  # tokens
+RUN_BYTES = 8 << 20  # of chunks that are one batch but for their states
 BLOCK_BYTES = 16 << 20  # states and buffers of the lanes that are processed together
 STEP_FLOPS = 12e6  # a step with less work is mostly dispatch, so long documents are then split into more lanes
 PIECE_CHUNKS = 8  # a split lane has at least this many chunks
@@ -57,8 +58,8 @@ def _forward(
     loop = _Loop(cu_seqlens, chunk_size, q=q, k=k, v=v, log_decay=log_decay, o=output)
     after = loop.documents_like(state)
     for block, lanes in loop.states_before(state):
-        for step, i in _chunks(block):
-            loop.forward(step, i, block, lanes)
+        for run in loop.runs(block):
+            loop.forward(run, block, lanes)
         loop.keep(after, block, lanes, loop.plan.closes)
     return output, after
 
@@ -90,8 +91,8 @@ def _backward(
     )
     before = loop.documents_like(grad_state) if with_state else q.new_empty(0)
     for (block, lanes), (_, after) in zip(loop.states_before(state), loop.grads_after(grad_state), strict=True):
-        for step, i, own in loop.reversed_states(block, lanes):
-            loop.backward(step, i, block, own, after)
+        for run, own in loop.reversed_states(block, lanes):
+            loop.backward(run, block, own, after)
         if with_state:
             loop.keep(before, block, after, loop.plan.opens)
     return dq, dk, dv, q.new_empty(0) if dlog is None else dlog.to(log_decay.dtype), before
@@ -150,9 +151,16 @@ def _collector(log_decay: Tensor) -> Tensor:
     return torch.zeros(log_decay.shape, dtype=torch.float64, device=log_decay.device)
 
 
-def _chunks(block: Block) -> list[tuple[Step, int]]:
-    """The block's chunks in order: the i-th repeat of a step."""
-    return [(step, i) for step in block.steps for i in range(step.repeats)]
+class _Run(NamedTuple):
+    """Chunks i .. i + repeats - 1 of a step. Only the state passes from one to the next; all else is one batch."""
+
+    step: Step
+    i: int
+    repeats: int
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Per repeat, from a tensor whose first axis holds one repeat after the other."""
+        return flat.unflatten(0, (self.repeats, -1)).unbind(0)
 
 
 class _Loop:
@@ -170,7 +178,6 @@ class _Loop:
         self.packed = cu_seqlens is not None
         self.scratch = Scratch(state_dtype(q), q.device)
         self._fades: dict[int, _Fade] = {}
-        self._views: dict[tuple[str, Step], Sequence[Tensor]] = {}
         bounds = tuple(range(0, batch * time + 1, time)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
         chunk = min(chunk_size, max(1, batch * time))
         self.plan = plan(
@@ -180,6 +187,14 @@ class _Loop:
             lanes_per_block=max(1, BLOCK_BYTES // self._lane_bytes(chunk)),
             device=q.device,
         )
+
+    def runs(self, block: Block) -> list[_Run]:
+        """The block's chunks in order, as many at a time as fit in cache."""
+        runs = []
+        for step in block.steps:
+            size = max(1, RUN_BYTES // (step.count * self._lane_bytes(step.length)))
+            runs += [_Run(step, i, min(size, step.repeats - i)) for i in range(0, step.repeats, size)]
+        return runs
 
     def _lane_bytes(self, chunk: int) -> int:
         per_head = self.width * self.values + chunk * (2 * self.width + 2 * self.values + chunk)
@@ -202,12 +217,12 @@ class _Loop:
             lanes = state[plan.document].to(self.scratch.dtype)
             local, log_total = torch.zeros_like(lanes), self._log_totals()
             for block in plan.blocks:
-                for step, i in _chunks(block):
-                    fade = self.fade(step, i, block)
-                    self._carry(
-                        step, local[block.lanes], fade, fade.b, self.load("k", step, i), self.load("v", step, i)
-                    )
-                    self._add(step, log_total[block.lanes], fade.log_total)
+                for run in self.runs(block):
+                    fade = self.fade(run, block)
+                    k, v = self.load("k", run), self.load("v", run)
+                    k.wide.mul_(fade.b)
+                    self._carry(run, local[block.lanes], fade, k, v)
+                    self._add(run, log_total[block.lanes], fade)
             for lane, following in plan.links:
                 lanes[following] = log_total[lane].to(lanes.dtype).exp() * lanes[lane] + local[lane]
         for block in plan.blocks:
@@ -221,12 +236,12 @@ class _Loop:
             lanes = grad_state[plan.document].to(self.scratch.dtype)
             local, log_total = torch.zeros_like(lanes), self._log_totals()
             for block in plan.blocks:
-                for step, i in reversed(_chunks(block)):
-                    fade = self.fade(step, i, block)
-                    self._carry(
-                        step, local[block.lanes], fade, fade.a, self.load("q", step, i), self.load("do", step, i)
-                    )
-                    self._add(step, log_total[block.lanes], fade.log_total)
+                for run in reversed(self.runs(block)):
+                    fade = self.fade(run, block)
+                    q, do = self.load("q", run), self.load("do", run)
+                    q.wide.mul_(fade.a)
+                    self._carry(run, local[block.lanes], fade, q, do, backwards=True)
+                    self._add(run, log_total[block.lanes], fade)
             for lane, following in reversed(plan.links):
                 lanes[lane] = log_total[following].to(lanes.dtype).exp() * lanes[following] + local[following]
         for block in plan.blocks:
@@ -244,135 +259,157 @@ class _Loop:
         chosen = which[block.lanes]
         documents[self.plan.document[block.lanes][chosen]] = lanes[chosen]
 
-    def reversed_states(self, block: Block, lanes: Tensor) -> Iterator[tuple[Step, int, Tensor]]:
-        """The block's chunks from last to first, each with the states before it; `lanes` is overwritten."""
-        chunks = _chunks(block)
-        room = max(1, STATE_BYTES // (lanes.numel() * lanes.element_size()))
-        size = len(chunks) if len(chunks) <= room else math.ceil(math.sqrt(len(chunks)))
-        groups = [chunks[i : i + size] for i in range(0, len(chunks), size)]
+    def reversed_states(self, block: Block, lanes: Tensor) -> Iterator[tuple[_Run, Tensor]]:
+        """The block's runs from last to first, each with the states before its chunks; `lanes` is overwritten."""
+        runs = self.runs(block)
+        chunks = sum(run.repeats for run in runs)
+        fits = chunks * lanes.numel() * lanes.element_size() <= STATE_BYTES
+        size = len(runs) if fits else math.ceil(math.sqrt(len(runs)))
+        groups = [runs[i : i + size] for i in range(0, len(runs), size)]
         starts = []
         for group in groups[:-1]:
             starts.append(lanes.clone())
             self._sweep(group, block, lanes)
         for group in reversed(groups):
-            for (step, i), before in reversed(list(zip(group, self._sweep(group, block, lanes), strict=True))):
-                yield step, i, before
+            states = self._sweep(group, block, lanes, keep=True)
+            while states:
+                yield group[len(states) - 1], states.pop()
             if starts:
                 lanes.copy_(starts.pop())
 
-    def _sweep(self, chunks: list[tuple[Step, int]], block: Block, lanes: Tensor) -> list[Tensor]:
-        """Advance the lanes over the chunks; the states before each."""
+    def _sweep(self, runs: list[_Run], block: Block, lanes: Tensor, *, keep: bool = False) -> list[Tensor]:
+        """Advance the lanes over the runs; the states before their chunks, where they are to be kept."""
         states = []
-        for step, i in chunks:
-            states.append(step.pick(lanes).clone())
-            fade = self.fade(step, i, block)
-            self._carry(step, lanes, fade, fade.b, self.load("k", step, i), self.load("v", step, i))
+        for run in runs:
+            fade = self.fade(run, block)
+            k, v = self.load("k", run), self.load("v", run)
+            k.wide.mul_(fade.b)
+            before = lanes.new_empty(run.repeats * run.step.count, *lanes.shape[1:]) if keep else None
+            self._carry(run, lanes, fade, k, v, passed=before)
+            states += [] if before is None else [before]
         return states
 
-    # ---- one chunk
+    # ---- one run of chunks
 
-    def forward(self, step: Step, i: int, block: Block, lanes: Tensor) -> None:
-        fade = self.fade(step, i, block)
-        q, k, v = self.load("q", step, i), self.load("k", step, i), self.load("v", step, i)
-        scores, o = self.chunk("scores", step, step.length), self.chunk("o", step, self.values)
+    def forward(self, run: _Run, block: Block, lanes: Tensor) -> None:
+        fade = self.fade(run, block)
+        q, k, v = self.load("q", run), self.load("k", run), self.load("v", run)
+        scores, o = self.chunk("scores", run, run.step.length), self.chunk("o", run, self.values)
         fade.scores.forward(q, k, scores)
         torch.bmm(scores.flat, v.flat, out=o.flat)
-        o.flat.baddbmm_(self.faded(q, fade.a, step).flat, step.pick(lanes).flatten(0, 1))
-        self.store("o", step, i, o.wide)
-        self._carry(step, lanes, fade, fade.b, k, v)
+        q.wide.mul_(fade.a)
+        k.wide.mul_(fade.b)
+        self._carry(run, lanes, fade, k, v, reads=(q, o))
+        self.store("o", run, o)
 
-    def backward(self, step: Step, i: int, block: Block, before: Tensor, lanes: Tensor) -> None:
-        """`before`: S; `lanes`: G after the chunk, replaced by G before it."""
-        fade, after = self.fade(step, i, block), step.pick(lanes)
-        q, k, v, do = (self.load(name, step, i) for name in ("q", "k", "v", "do"))
+    def backward(self, run: _Run, block: Block, before: Tensor, lanes: Tensor) -> None:
+        """`before`: S of every chunk; `lanes`: G after the run, replaced by G before it."""
+        fade, width = self.fade(run, block), self.width
+        q, k, v, do = (self.load(name, run) for name in ("q", "k", "v", "do"))
         with_decay = "dlog" in self.tensors
 
-        scores, dscores = self.chunk("scores", step, step.length), self.chunk("dscores", step, step.length)
-        dq_in, dq_out, dk_in, dk_out = (
-            self.chunk(name, step, self.width) for name in ("dq_in", "dq_out", "dk_in", "dk_out")
-        )
-        dv = self.chunk("dv", step, self.values)
+        scores, dscores = self.chunk("scores", run, run.step.length), self.chunk("dscores", run, run.step.length)
+        dq_in, dq_out, dk_in, dk_out = (self.chunk(name, run, width) for name in ("dq_in", "dq_out", "dk_in", "dk_out"))
+        dv, faded = self.chunk("dv", run, self.values), self.chunk("faded", run, width)
         fade.scores.forward(q, k, scores)
         torch.bmm(scores.turned, do.flat, out=dv.flat)
         torch.bmm(do.flat, v.turned, out=dscores.flat)
         fade.scores.backward(dscores, q, k, dq_in, dk_in, strict=with_decay)
+
+        after = self.scratch.take("after", *before.shape)
+        torch.mul(q.wide, fade.a, out=faded.wide)
+        self._carry(run, lanes, fade, faded, do, backwards=True, passed=after.wide)
         torch.bmm(do.flat, before.flatten(0, 1).transpose(1, 2), out=dq_out.flat)
-        torch.bmm(v.flat, after.flatten(0, 1).transpose(1, 2), out=dk_out.flat)
+        torch.bmm(v.flat, after.turned, out=dk_out.flat)
+        torch.mul(k.wide, fade.b, out=faded.wide)
+        dv.flat.baddbmm_(faded.flat, after.flat)
         dq_out.wide.mul_(fade.a)
         dk_out.wide.mul_(fade.b)
         if with_decay:
-            across = (fade.total * before * after).sum(-1)
+            across = (fade.total * before * after.wide).sum(-1)
             inside = (dq_in.wide, dk_in.wide, dq_out.wide, dk_out.wide)
             dlog = _decay_gradient(across, q.wide, k.wide, *inside, shared=fade.a.shape[-1] == 1)
-            self._store_decay(step, i, block, dlog)
+            self._store_decay(run, block, dlog)
             own = (do.wide * v.wide).sum(-1, keepdim=True)
             dq_in.wide.addcmul_(own, k.wide)
             dk_in.wide.addcmul_(own, q.wide)
-        dv.flat.baddbmm_(self.faded(k, fade.b, step).flat, after.flatten(0, 1))
-        self.store("dq", step, i, dq_in.wide.add_(dq_out.wide))
-        self.store("dk", step, i, dk_in.wide.add_(dk_out.wide))
-        self.store("dv", step, i, dv.wide)
-        self._carry(step, lanes, fade, fade.a, q, do)
+        dq_in.wide.add_(dq_out.wide)
+        dk_in.wide.add_(dk_out.wide)
+        for name, grad in (("dq", dq_in), ("dk", dk_in), ("dv", dv)):
+            self.store(name, run, grad)
 
-    def _carry(self, step: Step, lanes: Tensor, fade: _Fade, weight: Tensor, left: Buffer, right: Buffer) -> None:
-        """S ← e^{L_m} ∘ S + (b ∘ k)ᵀ v with weight b, or G ← e^{L_m} ∘ G + (a ∘ q)ᵀ do with weight a."""
-        state = step.pick(lanes).mul_(fade.total)
-        state.flatten(0, 1).baddbmm_(self.faded(left, weight, step).turned, right.flat)
-        step.put(lanes, state)
+    def _carry(
+        self,
+        run: _Run,
+        lanes: Tensor,
+        fade: _Fade,
+        left: Buffer,
+        right: Buffer,
+        *,
+        backwards: bool = False,
+        passed: Tensor | None = None,
+        reads: tuple[Buffer, Buffer] | None = None,
+    ) -> None:
+        """Chunk after chunk, S ← e^{L_m} ∘ S + leftᵀ right; backwards, the same for G from the last chunk to the first.
+
+        passed  (repeats * lanes, H, K, V), to receive S before (G after) every chunk
+        reads   (a ∘ q, o): o += (a ∘ q) S in every chunk
+        """
+        state = run.step.pick(lanes)
+        flat = state.flatten(0, 1)
+        lefts, rights = run.split(left.turned), run.split(right.flat)
+        totals = run.split(fade.total) if fade.total.shape[0] > 1 else (fade.total,) * run.repeats
+        kept = None if passed is None else run.split(passed)
+        queries, outputs = (None, None) if reads is None else (run.split(x.flat) for x in reads)
+        for j in reversed(range(run.repeats)) if backwards else range(run.repeats):
+            if kept is not None:
+                kept[j].copy_(state)
+            if queries is not None and outputs is not None:
+                outputs[j].baddbmm_(queries[j], flat)
+            state.mul_(totals[j])
+            flat.baddbmm_(lefts[j], rights[j])
+        run.step.put(lanes, state)
 
     @staticmethod
-    def _add(step: Step, lanes: Tensor, value: Tensor) -> None:
-        step.put(lanes, step.pick(lanes).add_(value))
+    def _add(run: _Run, log_total: Tensor, fade: _Fade) -> None:
+        """The run's decay on top of what each of its lanes has so far."""
+        shared = fade.log_total.shape[0] == 1
+        total = fade.log_total * run.repeats if shared else torch.stack(run.split(fade.log_total)).sum(0)
+        run.step.put(log_total, run.step.pick(log_total).add_(total))
 
-    def chunk(self, name: str, step: Step, width: int) -> Buffer:
-        return self.scratch.take(name, step.count, self.heads, step.length, width)
+    def chunk(self, name: str, run: _Run, width: int) -> Buffer:
+        return self.scratch.take(name, run.repeats * run.step.count, self.heads, run.step.length, width)
 
-    def faded(self, x: Buffer, weight: Tensor, step: Step) -> Buffer:
-        """weight ∘ x, good until the next call."""
-        buffer = self.chunk("faded", step, x.wide.shape[-1])
-        torch.mul(x.wide, weight, out=buffer.wide)
+    def load(self, name: str, run: _Run) -> Buffer:
+        source = self.tensors[name]
+        buffer = self.chunk(name, run, source.shape[-1])
+        run.step.load(source, run.i, run.repeats, buffer.wide)
         return buffer
 
-    def views(self, name: str, step: Step) -> Sequence[Tensor]:
-        """The step's chunks of a tensor; views are made once for all repeats, each costs as much as a small product."""
-        if step.index is not None:
-            return step.load(self.tensors[name])
-        if (name, step) not in self._views:
-            self._views[name, step] = step.load(self.tensors[name])
-        return self._views[name, step]
+    def store(self, name: str, run: _Run, value: Buffer) -> None:
+        run.step.store(self.tensors[name], run.i, run.repeats, value.wide)
 
-    def load(self, name: str, step: Step, i: int) -> Buffer:
-        """The i-th chunks, to be read only: where there is one lane, the products read the tensor itself."""
-        source = self.views(name, step)[i]
-        if step.count == 1 and source.dtype == self.scratch.dtype:
-            return Buffer(source, source[0], source[0].transpose(1, 2))
-        buffer = self.chunk(name, step, source.shape[-1])
-        buffer.wide.copy_(source)
-        return buffer
-
-    def store(self, name: str, step: Step, i: int, value: Tensor) -> None:
-        if step.index is None:
-            self.views(name, step)[i].copy_(value)
-        else:
-            step.store(self.tensors[name], value)
-
-    def _store_decay(self, step: Step, i: int, block: Block, dlog: Tensor) -> None:
+    def _store_decay(self, run: _Run, block: Block, dlog: Tensor) -> None:
         if self.log_decay.shape[1] != 1:
-            self.store("dlog", step, i, dlog)
+            run.step.store(self.tensors["dlog"], run.i, run.repeats, dlog)
         else:
             total = dlog.sum(2).flatten(1).double()
-            self.tensors["dlog"].flatten(1).index_add_(0, self._sequences(step, block), total)
+            self.tensors["dlog"].flatten(1).index_add_(0, self._sequences(run, block), total)
 
     # ---- decay
 
-    def fade(self, step: Step, i: int, block: Block) -> _Fade:
-        """The chunk's decay; computed once per length where it does not depend on the token or the sequence."""
+    def fade(self, run: _Run, block: Block) -> _Fade:
+        """The decay of the run's chunks; computed once per length where it is the same for all tokens and sequences."""
+        step = run.step
         if self.log_decay.shape[1] != 1:
-            return self._fade(self.views("log_decay", step)[i].double().cumsum(2))
+            flat = self.tensors["log_decay"]
+            shape = (run.repeats * step.count, self.heads, step.length, flat.shape[2])
+            out = torch.empty(shape, dtype=torch.float64, device=flat.device)
+            return self._fade(step.load(flat, run.i, run.repeats, out).cumsum(2))
         one = self.log_decay.shape[0] == 1 or self.log_decay.stride(0) == 0
         if one and step.length in self._fades:
             return self._fades[step.length]
-        rate = self.log_decay[:1, 0] if one else self.log_decay[self._sequences(step, block), 0]
+        rate = self.log_decay[:1, 0] if one else self.log_decay[self._sequences(run, block), 0]
         count = torch.arange(1, step.length + 1, dtype=torch.float64, device=rate.device)
         fade = self._fade(rate.double().unsqueeze(2) * count[:, None])
         if one:
@@ -392,10 +429,10 @@ class _Loop:
             scores(running, self.scratch),
         )
 
-    def _sequences(self, step: Step, block: Block) -> Tensor:
-        """The row of the batch each of the step's lanes belongs to."""
-        document = step.pick(self.plan.document[block.lanes])
-        return torch.zeros_like(document) if self.packed else document
+    def _sequences(self, run: _Run, block: Block) -> Tensor:
+        """The row of the batch that each chunk of the run belongs to."""
+        document = run.step.pick(self.plan.document[block.lanes])
+        return (torch.zeros_like(document) if self.packed else document).repeat(run.repeats)
 
     def _log_totals(self) -> Tensor:
         lanes, channels = len(self.plan.document), self.log_decay.shape[-1]
