@@ -37,7 +37,8 @@ from isotach.ops.torch.scratch import Buffer, Scratch
 CHUNK = 64  # tokens
 RUN_BYTES = 8 << 20  # of chunks that are one batch but for their states
 BLOCK_BYTES = 16 << 20  # states and buffers of the lanes that are processed together
-STEP_FLOPS = 12e6  # a step with less work is mostly dispatch, so long documents are then split into more lanes
+FEW_FLOPS = 2.5e6  # a step with less work is mostly dispatch (one head of 64, say): long documents are then split ...
+STEP_FLOPS = 12e6  # ... into lanes enough for this much; their states cost a sweep more
 PIECE_CHUNKS = 8  # a split lane has at least this many chunks
 STATE_BYTES = 64 << 20  # recomputed states the backward holds at a time
 
@@ -203,8 +204,9 @@ class _Loop:
     def _piece(self, bounds: tuple[int, ...], chunk: int) -> int | None:
         """Tokens per lane where whole documents would make steps too small, else None."""
         inside = chunk * (self.width + self.values) + 2 * self.width * self.values
-        wanted = math.ceil(STEP_FLOPS / (2 * self.heads * chunk * inside))
-        if len(bounds) - 1 >= wanted:
+        work = 2 * self.heads * chunk * inside
+        wanted = math.ceil(STEP_FLOPS / work)
+        if work * (len(bounds) - 1) >= FEW_FLOPS:
             return None
         return chunk * max(PIECE_CHUNKS, math.ceil(bounds[-1] / wanted / chunk))
 
