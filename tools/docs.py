@@ -287,7 +287,8 @@ def _rounds(block: Block, tokens: int) -> Iterator[tuple[list[int], torch.Tensor
     """What is computed at once: the lanes that take part, and the tokens (lanes, length) of their chunks."""
     lanes, numbers = torch.arange(block.lanes.stop), torch.arange(tokens)[:, None, None]
     for step in block.steps:
-        for chunks in step.load(numbers):  # as it loads q: (lanes, heads, length, channels)
+        for i in range(step.repeats):  # as it loads q: (lanes, heads, length, channels)
+            chunks = step.load(numbers, i, 1, torch.empty(step.count, 1, step.length, 1, dtype=numbers.dtype))
             yield step.pick(lanes).tolist(), chunks[:, 0, :, 0]
 
 

@@ -94,8 +94,8 @@ def publish(name: str, measure: Callable[[], Result], *, folder: Path, wait: flo
         "rows": result.rows,
         "refused": result.refused,
     }
-    write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
     show(result, console)
+    write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
     if busy is None:
         console.print("Whether the machine was idle cannot be told here.")
     elif not idle:

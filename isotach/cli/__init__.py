@@ -7,6 +7,7 @@ is a bug and keeps its traceback.
 
 import errno
 import importlib
+import io
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ REMEDIES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 when the verb's own check fails, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     try:
         result = app()(arguments or ["--help"], prog_name="isotach", standalone_mode=False)
     except UserError as error:

@@ -25,7 +25,9 @@ from isotach.ops.decay import Decay
 
 class Lightning(Mixer):
     class Config(MixerConfig):
-        """lrpe: the layers that encode positions; gate: the output gate u."""
+        """lrpe: the layers that encode positions; decay: rates as in the released models, or as the papers print them;
+        gate: the output gate u.
+        """
 
         lrpe: Literal["first", "all", "none"] = "first"
         decay: Literal["released", "paper"] = "released"

@@ -7,7 +7,7 @@ Attention Is All You Need (arXiv:1706.03762), RoPE (arXiv:2104.09864), grouped h
 
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
@@ -17,10 +17,12 @@ from isotach.ops.history import History
 
 class Softmax(Mixer):
     class Config(MixerConfig):
-        """kv_heads: heads of k and v, each serving heads / kv_heads query heads; None for as many as heads."""
+        """kv_heads: heads of k and v, each serving heads / kv_heads query heads; None for as many as heads;
+        rope_base: channel pair j turns by rope_base^(-2j / K) per token.
+        """
 
-        kv_heads: int | None = None
-        rope_base: float = 10000.0
+        kv_heads: int | None = Field(None, ge=1)
+        rope_base: float = Field(10000.0, gt=1)
 
         @model_validator(mode="after")
         def _groups(self) -> Self:

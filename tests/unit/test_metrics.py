@@ -45,9 +45,8 @@ def test_the_matrix_rate_and_memory_are_plausible() -> None:
     cpu = torch.device("cpu")
     assert 1e8 < matmul_rate(cpu, torch.float32, size=128) < 1e15
     assert 1e8 < peak_flops(cpu, torch.float32) < 1e15
-    before = peak_memory(cpu)
     block = torch.ones(1 << 25)
-    assert before + 0.5 * block.nbytes < peak_memory(cpu) < 1 << 42
+    assert block.nbytes < peak_memory(cpu) < 1 << 42  # other tests may have reached any peak before
 
 
 def test_log_drops_what_comes_after_the_resumed_step(tmp_path: Path) -> None:
