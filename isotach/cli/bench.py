@@ -26,6 +26,7 @@ def bench(
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for an idle machine.")] = 120.0,
     preset: Annotated[list[str] | None, typer.Option(help="Model, once or more (decode, train).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of every contender; fewer for large models.")] = None,
 ) -> None:
     """Measure, print a table, and save it; exit with code 1 when a result was wrong and so refused."""
     import importlib
@@ -43,7 +44,8 @@ def bench(
         raise UserError("bench: --preset is for decode and train; the operators have one shape")
     for each in preset or []:
         presets.preset(each)  # refuses an unknown one before the wait
-    choice = {"presets": preset} if preset else {}
+    choice: dict[str, object] = {"presets": preset} if preset else {}
+    choice |= {"rounds": rounds} if rounds else {}
     measure = partial(importlib.import_module(f"isotach.bench.{name}").measure, device=torch.device(device), **choice)
     label = str(name) if device == Device.cpu else f"{name}-{device}"
     console = Console(width=max(Console().width, report.WIDTH))
