@@ -8,6 +8,7 @@ Widths are chosen for equal parameter counts: softmax has no output gate, so its
 
 import itertools
 import json
+import shutil
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -20,9 +21,10 @@ from isotach.models.decoder import Decoder
 from isotach.train.loop import train
 from isotach.train.recipe import Recipe
 
+PUBLISHED = "lightning, LRPE in the first layer"
 MODELS = {
     "lightning, LRPE in every layer": ["model.lightning.lrpe=all"],
-    "lightning, LRPE in the first layer": ["model.lightning.lrpe=first"],
+    PUBLISHED: ["model.lightning.lrpe=first"],
     "softmax": ["model.pattern=['softmax']", "model.hidden=424"],
 }
 RATES = (1e-3, 2e-3, 4e-3)
@@ -31,13 +33,16 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "shakespeare"
 
 
-def main(text: str) -> None:
-    jobs = list(itertools.product(MODELS, RATES, SEEDS))
-    with ProcessPoolExecutor(max_workers=2) as pool:
-        losses = dict(zip(jobs, pool.map(run, *zip(*jobs, strict=True), itertools.repeat(text)), strict=True))
+def main(text: str, *options: str) -> None:
+    """Run what is missing, the required models first; with --collect only put together what is there."""
+    jobs = sorted(itertools.product(MODELS, RATES, SEEDS), key=lambda job: (job[0] == PUBLISHED, job[1] != 2e-3))
+    if "--collect" not in options:
+        with ProcessPoolExecutor(max_workers=2) as pool:
+            list(pool.map(run, *zip(*jobs, strict=True), itertools.repeat(text)))
     rows = []
     for model in MODELS:
-        means = {rate: statistics.mean(losses[model, rate, seed] for seed in SEEDS) for rate in RATES}
+        found = {rate: [loss(model, rate, seed) for seed in SEEDS] for rate in RATES}
+        means = {rate: statistics.mean(values) for rate, values in found.items() if None not in values}  # type: ignore[type-var]
         best = min(means, key=means.__getitem__)
         rows.append(
             {
@@ -45,12 +50,14 @@ def main(text: str) -> None:
                 "parameters": Decoder(recipe(model, best, 0, text).model).parameter_count(),
                 "best_lr": best,
                 "valid_loss": means[best],
-                "seeds": [losses[model, best, seed] for seed in SEEDS],
+                "seeds": found[best],
                 "by_lr": {str(rate): mean for rate, mean in means.items()},
             }
         )
     result = {"machine": report.machine(), "commit": report.commit(), "tokens": 976 * 2048, "rows": rows}
-    write_atomically(ROOT / "benchmarks" / "results" / "shakespeare.json", json.dumps(result, indent=1).encode())
+    write_atomically(
+        ROOT / "benchmarks" / "results" / "shakespeare.json", json.dumps(result, indent=1).encode() + b"\n"
+    )
     for row in rows:
         print(f"{row['model']:36s} {row['parameters']:>8,}  lr {row['best_lr']:g}  {row['valid_loss']:.4f} nats")
 
@@ -60,14 +67,22 @@ def recipe(model: str, rate: float, seed: int, text: str) -> Recipe:
     return config.load(Recipe, ROOT / "recipes" / "shakespeare.toml", overrides)
 
 
-def run(model: str, rate: float, seed: int, text: str) -> float:
-    """Validation loss in nats per character; read from the log where the run is already there."""
-    folder = RUNS / f"{model.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
-    if not (folder / "log.jsonl").exists():
-        train(recipe(model, rate, seed, text), folder)
-    record = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    print(f"{folder.name}: {record['valid_loss']:.4f}", flush=True)
-    return float(record["valid_loss"])
+def folder(model: str, rate: float, seed: int) -> Path:
+    return RUNS / f"{model.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+
+
+def loss(model: str, rate: float, seed: int) -> float | None:
+    """Validation loss in nats per character after the last step; None where the run is not finished."""
+    log = folder(model, rate, seed) / "log.jsonl"
+    found: float | None = json.loads(log.read_text().splitlines()[-1]).get("valid_loss") if log.exists() else None
+    return found
+
+
+def run(model: str, rate: float, seed: int, text: str) -> None:
+    if loss(model, rate, seed) is None:
+        shutil.rmtree(folder(model, rate, seed), ignore_errors=True)
+        train(recipe(model, rate, seed, text), folder(model, rate, seed))
+    print(f"{folder(model, rate, seed).name}: {loss(model, rate, seed):.4f}", flush=True)
 
 
 if __name__ == "__main__":

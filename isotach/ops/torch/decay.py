@@ -34,6 +34,7 @@ from isotach.ops.recurrence import state_dtype
 from isotach.ops.torch.scores import ChannelScores, HeadScores
 from isotach.ops.torch.scratch import Buffer, Scratch
 
+# Measured: docs/log.md.
 CHUNK = 64  # tokens
 RUN_BYTES = 8 << 20  # of chunks that are one batch but for their states
 BLOCK_BYTES = 16 << 20  # states and buffers of the lanes that are processed together

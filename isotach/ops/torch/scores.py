@@ -22,7 +22,6 @@ class HeadScores:
         gaps = (running - running.transpose(-1, -2)).to(scratch.dtype)
         self.weights = gaps.masked_fill_(_future(gaps.shape[-1], gaps.device), -torch.inf).exp_()
         self.strict = self.weights.tril(-1)
-        self.scratch = scratch
 
     def forward(self, q: Buffer, k: Buffer, scores: Buffer) -> None:
         """P (N, H, m, m) into `scores`."""
