@@ -41,8 +41,9 @@ def main(text: str, *options: str) -> None:
             list(pool.map(run, *zip(*jobs, strict=True), itertools.repeat(text)))
     rows = []
     for model in MODELS:
-        found = {rate: [loss(model, rate, seed) for seed in SEEDS] for rate in RATES}
-        means = {rate: statistics.mean(values) for rate, values in found.items() if None not in values}  # type: ignore[type-var]
+        runs = {rate: [loss(model, rate, seed) for seed in SEEDS] for rate in RATES}
+        found = {rate: [value for value in values if value is not None] for rate, values in runs.items()}
+        means = {rate: statistics.mean(values) for rate, values in found.items() if values}
         best = min(means, key=means.__getitem__)
         rows.append(
             {
