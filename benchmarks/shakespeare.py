@@ -2,7 +2,7 @@
 
     python benchmarks/shakespeare.py path/to/tinyshakespeare/input.txt
 
-Two million characters each, three learning rates, three seeds; finished runs are kept, so it can be interrupted.
+Two million characters each, four learning rates, three seeds; finished runs are kept, so it can be interrupted.
 Widths are chosen for equal parameter counts: softmax has no output gate, so its GLU is wider.
 """
 
@@ -27,7 +27,7 @@ MODELS = {
     PUBLISHED: ["model.lightning.lrpe=first"],
     "softmax": ["model.pattern=['softmax']", "model.hidden=424"],
 }
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "shakespeare"

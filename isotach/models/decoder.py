@@ -10,6 +10,7 @@ Which mixer sits in which layer is a pattern of names, repeated over the depth. 
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from isotach.files import write_atomically
 from isotach.models.presets import preset
 from isotach.models.state import DecoderState
 from isotach.nn.ffn import GLU, Activation
-from isotach.nn.mixer import MixerConfig, MixerState, Place, linear
+from isotach.nn.mixer import MixerConfig, MixerState, Place, Shared, initialize, linear
 from isotach.nn.norm import SRMSNorm
 from isotach.ops.engine import Span
 from isotach.ops.recurrence import stored_fields
@@ -115,8 +116,10 @@ class Block(nn.Module):
         self.mixer_norm, self.ffn_norm = (SRMSNorm(config.width, eps=config.norm_eps) for _ in range(2))
         self.ffn = GLU(config.width, config.hidden, activation=config.activation)
 
-    def forward(self, x: Tensor, state: MixerState | None, span: Span) -> tuple[Tensor, MixerState]:
-        y, state = self.mixer(self.mixer_norm(x), state, span)
+    def forward(
+        self, x: Tensor, state: MixerState | None, span: Span, shared: dict[str, Tensor]
+    ) -> tuple[Tensor, MixerState]:
+        y, state = self.mixer(self.mixer_norm(x), state, span, shared)
         x = x + y
         return x + self.ffn(self.ffn_norm(x)), state
 
@@ -131,13 +134,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.recompute = config, False
         self.embed = nn.utils.skip_init(nn.Embedding, config.vocab, config.width, device=torch.get_default_device())
-        self.blocks = nn.ModuleList(Block(config, Place(i, config.depth)) for i in range(config.depth))
+        self.shared = Shared()
+        self.blocks = nn.ModuleList(Block(config, Place(i, config.depth, self.shared)) for i in range(config.depth))
         self.norm = SRMSNorm(config.width, eps=config.norm_eps)
         self.unembed = None if config.tie else linear(config.width, config.vocab)
-        with torch.no_grad():
-            for name, module in self.named_modules():
-                if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
-                    module.weight.normal_(0, config.init_std, generator=generator(seed, f"{name}.weight"))
+        if not self.embed.weight.is_meta:
+            initialize(self, partial(generator, seed), config.init_std)
 
     def forward(
         self, tokens: Int[Tensor, "B T"], state: DecoderState | None = None, *, span: Span | None = None
@@ -160,12 +162,13 @@ class Decoder(nn.Module):
         if self.config.scale_embedding:
             x = x * self.config.width**0.5
         after = []
+        shared: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.blocks[i]
             if self.recompute and torch.is_grad_enabled():
-                x, own = checkpoint(block, x, before, span, use_reentrant=False, preserve_rng_state=False)
+                x, own = checkpoint(block, x, before, span, shared, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, own = block(x, before, span)
+                x, own = block(x, before, span, shared)
             after.append(own)
         return self.norm(x), DecoderState(tuple(after), _ends(span, state))
 

@@ -1,8 +1,9 @@
 """A mixer is projections around a recurrence: x -> inputs, inputs -> o, o -> y. Its state is data: {name: State}."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,14 +15,35 @@ from isotach.ops.engine import Span, run
 from isotach.ops.recurrence import Recurrence, Tensors
 
 MixerState = dict[str, Tensors]
+Stream = Callable[[str], torch.Generator]
+M = TypeVar("M", bound=nn.Module)
+
+
+@runtime_checkable
+class Initializes(Protocol):
+    """A module that fills its own weights."""
+
+    def initialize(self, stream: Stream, std: float) -> None:
+        """Draw every weight from the stream of its name; `std` is the model's for linear maps."""
+
+
+class Shared(nn.ModuleDict):
+    """Modules that several layers of one model use, by name. The model owns them; layers only refer to them."""
+
+    def once(self, name: str, build: Callable[[], M]) -> M:
+        """The module called `name`, built by the first layer that asks for it."""
+        if name not in self:
+            self[name] = build()
+        return self[name]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands among ALL layers: slopes and positions may depend on it."""
+    """Where a layer stands among ALL layers: slopes, positions and bounds may depend on it."""
 
     index: int
     depth: int
+    shared: Shared = field(default_factory=Shared)
 
 
 class MixerConfig(Config):
@@ -38,10 +60,14 @@ class MixerConfig(Config):
 
 
 class Scan:
-    """One call's states: scan(name, rec, inputs) reads the state called `name` and keeps the one after it."""
+    """One call's states: scan(name, rec, inputs) reads the state called `name` and keeps the one after it.
 
-    def __init__(self, before: MixerState | None, span: Span) -> None:
+    shared  what earlier layers of the same call left for later ones, by name
+    """
+
+    def __init__(self, before: MixerState | None, span: Span, shared: dict[str, Tensor] | None = None) -> None:
         self.span = span
+        self.shared: dict[str, Tensor] = {} if shared is None else shared
         self.after: MixerState = {}
         self._before = before or {}
 
@@ -70,11 +96,19 @@ class Mixer(nn.Module, ABC):
     def output(self, o: Float[Tensor, "B T H V"], aux: Any) -> Float[Tensor, "B T D"]:
         """Back to the model's width."""
 
+    def initialize(self, stream: Stream, std: float) -> None:
+        """Draw every weight from the stream of its name: linear maps from N(0, std), biases zero."""
+        initialize(self, stream, std)
+
     def forward(
-        self, x: Float[Tensor, "B T D"], state: MixerState | None, span: Span
+        self,
+        x: Float[Tensor, "B T D"],
+        state: MixerState | None,
+        span: Span,
+        shared: dict[str, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], MixerState]:
-        """y (B, T, D) and the state after it; `state` None is the empty past."""
-        scan = Scan(state, span)
+        """y (B, T, D) and the state after it; `state` None is the empty past, `shared` belongs to the model's call."""
+        scan = Scan(state, span, shared)
         inputs, aux = self.project(x, scan)
         o = scan("main", self.recurrence, inputs, causal=self.causal)
         return self.output(o, aux), scan.after
@@ -83,7 +117,25 @@ class Mixer(nn.Module, ABC):
         return x.unflatten(-1, (self.heads, -1))
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A bias-free projection whose weights are left for the model's named seeds to fill."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    """A projection whose weights are left for the model's named seeds to fill."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
     return layer
+
+
+def initialize(module: nn.Module, stream: Stream, std: float) -> None:
+    """Fill `module`'s children: those that know how do it, linear maps and embeddings from N(0, std)."""
+    for name, child in module.named_children():
+
+        def own(parameter: str, prefix: str = name) -> torch.Generator:
+            return stream(f"{prefix}.{parameter}")
+
+        if isinstance(child, Initializes):
+            child.initialize(own, std)
+        elif isinstance(child, nn.Linear | nn.Embedding):
+            with torch.no_grad():
+                child.weight.normal_(0, std, generator=own("weight"))
+                if getattr(child, "bias", None) is not None:
+                    child.bias.zero_()
+        else:
+            initialize(child, own, std)

@@ -1,5 +1,6 @@
 """SimpleRMSNorm, x / √(mean(x²) + eps): no gain, no mean (TransNormerLLM, arXiv:2307.14995)."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,3 +15,9 @@ class SRMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         return F.rms_norm(x, (self.width,), eps=self.eps)
+
+
+def l2norm(x: Float[Tensor, "... D"], *, eps: float = 1e-6) -> Float[Tensor, "... D"]:
+    """x / √(Σ x² + eps) over the last axis, in float32 at least, in x's dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

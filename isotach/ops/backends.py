@@ -1,6 +1,6 @@
 """Which function computes a family: the registry, and the choice between registered kernels.
 
-A kernel's whole contract is (x, s, cu_seqlens, chunk_size) -> (outputs (B, T, H, V), state after the last token).
+A kernel's whole contract is (rec, x, s, cu_seqlens, chunk_size) -> (outputs (B, T, H, V), state after the last token).
 It belongs to a family, never to a mixer.
 """
 
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from isotach.ops.recurrence import Recurrence, Tensors
 
 Backend = Literal["auto", "reference", "torch", "triton"]
-Kernel = Callable[[Tensors, Tensors, Tensor | None, int | None], tuple[Tensor, Tensors]]
+Kernel = Callable[[Any, Tensors, Tensors, Tensor | None, int | None], tuple[Tensor, Tensors]]
 
 _kernels: dict[tuple[type[Recurrence], str], tuple[Kernel, str | None]] = {}
 _loaded: set[str] = set()

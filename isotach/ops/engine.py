@@ -91,7 +91,7 @@ def run(
     kernel = backends.find(rec, backend, _device(x))
     if kernel is None:
         return _documents(rec, x, state, span.cu_seqlens, chunk_size or CHUNK, chunked)
-    return kernel(x, state, span.cu_seqlens, chunk_size)
+    return kernel(rec, x, state, span.cu_seqlens, chunk_size)
 
 
 def recurrent(rec: Recurrence, x: Tensors, state: Tensors, chunk_size: int) -> tuple[Tensor, Tensors]:

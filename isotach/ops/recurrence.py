@@ -11,7 +11,7 @@ which serves as the oracle; families override them with matrix products.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class Recurrence(ABC):
     @property
     def name(self) -> str:
         return type(self).__name__.lower()
+
+    @classmethod
+    def instances(cls) -> Mapping[str, Self]:
+        """What the laws try, by a short label; a family with parameters names a few choices of them."""
+        return {"": cls()}
 
     @abstractmethod
     def lift(self, x: Tensors) -> Tensors:

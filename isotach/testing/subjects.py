@@ -3,6 +3,7 @@
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import isotach.ops
 from isotach import mixers, shapes
-from isotach.nn.mixer import Place
+from isotach.nn.mixer import Place, initialize
 from isotach.ops import backends
 from isotach.ops.engine import Span, run
 from isotach.ops.recurrence import Recurrence, Tensors, family
@@ -67,12 +68,14 @@ class Subject(ABC):
 
 
 class Family(Subject):
-    def __init__(self, rec: Recurrence) -> None:
-        self.rec, self.name, self.variants = rec, rec.name, tuple(rec.variants)
+    def __init__(self, rec: Recurrence, label: str = "") -> None:
+        self.rec, self.label, self.variants = rec, label, tuple(rec.variants)
+        self.name = f"{rec.name} {label}".strip()
 
     @classmethod
     def named(cls, name: str) -> "Family":
-        return cls(next(family.rec for family in families() if family.name == name))
+        found = next(family for family in families() if family.name == name)
+        return cls(found.rec, found.label)
 
     def example(self, variant: str, sizes: dict[str, int], dtype: torch.dtype, *, hard: bool = False) -> Tensors:
         draws = {**self.rec.ranges, **(self.rec.hard if hard else {})}
@@ -120,11 +123,15 @@ class Layer(Subject):
         if (variant, dtype) not in self.modules:
             cls = mixers.find(self.name)
             place = Place(self.variants.index(variant), len(self.variants))
-            layer = cls(cls.Config(width=SIZES["D"], heads=SIZES["H"]), place).double()
-            with torch.no_grad():
+            layer = cls(cls.Config(width=SIZES["D"], heads=SIZES["H"]), place)
+            for part in (layer, place.shared):
+                part.double()
+                initialize(nn.ModuleDict({"layer": part}), partial(generator, 0, self.name), 0.3)
+            with torch.no_grad():  # a map that begins at zero would hide what comes before it
                 for name, module in layer.named_modules():
                     if isinstance(module, nn.Linear):
                         module.weight.normal_(0, 0.3, generator=generator(0, self.name, name))
+            place.shared.to(dtype)
             self.modules[variant, dtype] = layer.to(dtype)
         return self.modules[variant, dtype]
 
@@ -152,7 +159,7 @@ def families() -> Iterator[Family]:
         for item in vars(import_module(f"isotach.ops.{module.name}")).values():
             found = isinstance(item, type) and issubclass(item, Recurrence) and item is not Recurrence
             if found and item.__module__ == f"isotach.ops.{module.name}":
-                yield Family(item())
+                yield from (Family(rec, label) for label, rec in item.instances().items())
 
 
 def layers() -> Iterator[Layer]:
@@ -161,4 +168,4 @@ def layers() -> Iterator[Layer]:
 
 def find(name: str | None = None) -> list[Subject]:
     """Every family and mixer, or those called `name`; names of both kinds may coincide."""
-    return [subject for subject in (*families(), *layers()) if name in (None, subject.name)]
+    return [subject for subject in (*families(), *layers()) if name in (None, subject.name, subject.name.split()[0])]

@@ -123,10 +123,10 @@ def test_law_finds_its_fault(number: int, subject: Callable[[], Any]) -> None:
 
 
 def test_law_7_finds_an_inaccurate_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounded(x: Any, s: Any, cu_seqlens: Tensor | None, chunk_size: int | None) -> tuple[Tensor, Any]:
+    def rounded(rec: Any, x: Any, s: Any, cu_seqlens: Tensor | None, chunk_size: int | None) -> tuple[Tensor, Any]:
         kernel = backends.find(Decay(), "torch", torch.device("cpu"))
         assert kernel is not None
-        output, state = kernel(x, s, cu_seqlens, chunk_size)
+        output, state = kernel(rec, x, s, cu_seqlens, chunk_size)
         return output.bfloat16().to(output.dtype), state
 
     monkeypatch.setitem(backends._kernels, (Decay, "triton"), (rounded, "cpu"))

@@ -46,7 +46,7 @@ STATE_BYTES = 64 << 20  # recomputed states the backward holds at a time
 
 @register(Decay, "torch")
 def decay(
-    x: Decay.Inputs, s: Decay.State, cu_seqlens: Tensor | None, chunk_size: int | None
+    rec: Decay, x: Decay.Inputs, s: Decay.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Decay.State]:
     output, state = _forward(*x, s.state, cu_seqlens, chunk_size or CHUNK)
     return output, Decay.State(state)

@@ -12,7 +12,7 @@ _family = History()
 
 @register(History, "torch")
 def history(
-    x: History.Inputs, s: History.State, cu_seqlens: Tensor | None, chunk_size: int | None
+    rec: History, x: History.Inputs, s: History.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, History.State]:
     """Documents of one length go through attention as one batch; chunk_size has no meaning here."""
     if cu_seqlens is None:
