@@ -135,7 +135,7 @@ def initialize(module: nn.Module, stream: Stream, std: float) -> None:
         elif isinstance(child, nn.Linear | nn.Embedding):
             with torch.no_grad():
                 child.weight.normal_(0, std, generator=own("weight"))
-                if getattr(child, "bias", None) is not None:
+                if isinstance(child, nn.Linear) and child.bias is not None:
                     child.bias.zero_()
         else:
             initialize(child, own, std)
