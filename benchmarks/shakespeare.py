@@ -75,7 +75,7 @@ def folder(model: str, rate: float, seed: int) -> Path:
 def loss(model: str, rate: float, seed: int) -> float | None:
     """Validation loss in nats per character after the last step; None where the run is not finished."""
     log = folder(model, rate, seed) / "log.jsonl"
-    found: float | None = json.loads(log.read_text().splitlines()[-1]).get("valid_loss") if log.exists() else None
+    found: float | None = json.loads(log.read_text().splitlines()[-1]).get("valid_loss") if log.exists() and log.stat().st_size else None
     return found
 
 

@@ -35,19 +35,37 @@ class Step:
     stride: int | None  # distance between starts, None where they are not evenly spaced
     index: Tensor | None  # then: the token numbers, (count * length,), and repeats is 1
 
-    def load(self, flat: Tensor, i: int, repeats: int, out: Tensor) -> Tensor:
-        """Copy repeats i.. of flat (tokens, H, X) into out (repeats * count, H, length, X), repeat after repeat."""
+    def load(self, flat: Tensor, i: int, repeats: int, out: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Copy repeats i.. of flat (tokens, H, X) into out (repeats * count, H, length, X), repeat after repeat.
+
+        `scale`, broadcast to out, multiplies on the way.
+        """
         if self.index is not None:
-            return out.copy_(flat[self.index].unflatten(0, (self.count, self.length)).transpose(1, 2))
-        out.unflatten(0, (repeats, self.count)).copy_(self._view(flat, i, repeats))
+            chosen = flat[self.index].unflatten(0, (self.count, self.length)).transpose(1, 2)
+            return out.copy_(chosen) if scale is None else torch.mul(chosen, scale, out=out)
+        view, wide = self._view(flat, i, repeats), out.unflatten(0, (repeats, self.count))
+        if scale is None:
+            wide.copy_(view)
+        else:
+            torch.mul(view, self._by_repeat(scale, repeats), out=wide)
         return out
 
-    def store(self, flat: Tensor, i: int, repeats: int, value: Tensor) -> None:
-        """Copy value, shaped as `out` of load, to its place in flat."""
+    def store(self, flat: Tensor, i: int, repeats: int, value: Tensor, scale: Tensor | None = None) -> None:
+        """Copy value, shaped as `out` of load, to its place in flat, times `scale` where it is given."""
         if self.index is not None:
+            value = value if scale is None else value * scale
             flat.index_copy_(0, self.index, value.transpose(1, 2).flatten(0, 1).to(flat.dtype))
+            return
+        view, wide = self._view(flat, i, repeats), value.unflatten(0, (repeats, self.count))
+        if scale is None:
+            view.copy_(wide)
+        elif flat.dtype == value.dtype:
+            torch.mul(wide, self._by_repeat(scale, repeats), out=view)
         else:
-            self._view(flat, i, repeats).copy_(value.unflatten(0, (repeats, self.count)))
+            view.copy_(wide * self._by_repeat(scale, repeats))
+
+    def _by_repeat(self, scale: Tensor, repeats: int) -> Tensor:
+        return scale.unsqueeze(0) if scale.shape[0] == 1 else scale.unflatten(0, (repeats, self.count))
 
     def _view(self, flat: Tensor, i: int, repeats: int) -> Tensor:
         assert self.stride is not None

@@ -17,6 +17,13 @@ token's product with itself (which does not fade, and would drown the rest where
 
 The forward keeps no states; the backward recomputes them in one sweep, and again in groups where they would not fit.
 
+Where a chunk decays by less than e^60 in all, no exponent needs care: with q' = e^L ∘ q and k' = e^{-L} ∘ k
+
+    o = tril(q' k'ᵀ) v + q' S        S ← e^{L_m} ∘ (S + k'ᵀ v)
+
+and everything above holds for q', k' with D = 1 (below the diagonal), a = b = 1, G replaced by e^{L_m} ∘ G; at the end
+dq = e^L ∘ dq' and dk = e^{-L} ∘ dk'. Otherwise the decay is put on the scores, as scores.py tells.
+
 Lightning Attention-2 (arXiv:2401.04658, algorithms 1 and 2); the gradient of the decay is derived here.
 """
 
@@ -28,20 +35,18 @@ import torch
 from torch import Tensor
 
 from isotach.ops.backends import register
-from isotach.ops.chunks import Block, Step, plan
+from isotach.ops.chunks import Block
 from isotach.ops.decay import Decay
 from isotach.ops.recurrence import state_dtype
-from isotach.ops.torch.scores import ChannelScores, HeadScores
-from isotach.ops.torch.scratch import Buffer, Scratch
+from isotach.ops.torch.loop import Loop, Run, States, document_bounds
+from isotach.ops.torch.scores import SAFE, ChannelScores, HeadScores
+from isotach.ops.torch.scratch import Buffer
 
 # Measured: docs/log.md.
 CHUNK = 64  # tokens
-RUN_BYTES = 8 << 20  # of chunks that are one batch but for their states
-BLOCK_BYTES = 16 << 20  # states and buffers of the lanes that are processed together
 FEW_FLOPS = 2.5e6  # a step with less work is mostly dispatch (one head of 64, say): long documents are then split ...
 STEP_FLOPS = 12e6  # ... into lanes enough for this much; their states cost a sweep more
 PIECE_CHUNKS = 8  # a split lane has at least this many chunks
-STATE_BYTES = 64 << 20  # recomputed states the backward holds at a time
 
 
 @register(Decay, "torch")
@@ -57,13 +62,14 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     output = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    loop = _Loop(cu_seqlens, chunk_size, q=q, k=k, v=v, log_decay=log_decay, o=output)
-    after = loop.documents_like(state)
-    for block, lanes in loop.states_before(state):
+    call = _Call(cu_seqlens, chunk_size, q=q, k=k, v=v, log_decay=log_decay, o=output)
+    loop = call.loop
+    after = loop.documents_like((state,))
+    for block, lanes in call.states_before(state):
         for run in loop.runs(block):
-            loop.forward(run, block, lanes)
-        loop.keep(after, block, lanes, loop.plan.closes)
-    return output, after
+            call.forward(run, block, lanes)
+        loop.keep(after, block, (lanes,), loop.plan.closes)
+    return output, after[0]
 
 
 @_forward.register_fake
@@ -88,16 +94,17 @@ def _backward(
     """Gradients of q, k, v, log_decay and state; of shape (0,) where the last two are not wanted."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dlog = _collector(log_decay) if with_decay else None
-    loop = _Loop(
+    call = _Call(
         cu_seqlens, chunk_size, q=q, k=k, v=v, log_decay=log_decay, do=grad_output, dq=dq, dk=dk, dv=dv, dlog=dlog
     )
-    before = loop.documents_like(grad_state) if with_state else q.new_empty(0)
-    for (block, lanes), (_, after) in zip(loop.states_before(state), loop.grads_after(grad_state), strict=True):
-        for run, own in loop.reversed_states(block, lanes):
-            loop.backward(run, block, own, after)
+    loop = call.loop
+    before = loop.documents_like((grad_state,)) if with_state else (q.new_empty(0),)
+    for (block, lanes), (_, after) in zip(call.states_before(state), call.grads_after(grad_state), strict=True):
+        for run, (own,) in loop.reversed_states(block, (lanes,), call.sweep):
+            call.backward(run, block, own, after)
         if with_state:
-            loop.keep(before, block, after, loop.plan.opens)
-    return dq, dk, dv, q.new_empty(0) if dlog is None else dlog.to(log_decay.dtype), before
+            loop.keep(before, block, (after,), loop.plan.opens)
+    return dq, dk, dv, q.new_empty(0) if dlog is None else dlog.to(log_decay.dtype), before[0]
 
 
 @_backward.register_fake
@@ -137,13 +144,21 @@ _backward.register_autograd(_refuse)
 
 
 class _Fade(NamedTuple):
-    """The decay of one chunk: a (·, H, m, #K), b likewise, the whole chunk's (·, H, #K, 1), its logarithm, D."""
+    """The decay of one chunk. `scores` None: q and k are loaded times a = e^L and b = e^{-L}, the state fades last.
+
+    a, b (·, H, m, #K);  total, log_total: of the whole chunk (·, H, #K, 1)
+    """
 
     a: Tensor
     b: Tensor
     total: Tensor
     log_total: Tensor
-    scores: HeadScores | ChannelScores
+    scores: HeadScores | ChannelScores | None
+
+    @property
+    def early(self) -> tuple[Tensor | None, Tensor | None]:
+        """What q and k are multiplied by as they are loaded."""
+        return (self.a, self.b) if self.scores is None else (None, None)
 
 
 def _collector(log_decay: Tensor) -> Tensor:
@@ -153,54 +168,30 @@ def _collector(log_decay: Tensor) -> Tensor:
     return torch.zeros(log_decay.shape, dtype=torch.float64, device=log_decay.device)
 
 
-class _Run(NamedTuple):
-    """Chunks i .. i + repeats - 1 of a step. Only the state passes from one to the next; all else is one batch."""
-
-    step: Step
-    i: int
-    repeats: int
-
-    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """Per repeat, from a tensor whose first axis holds one repeat after the other."""
-        return flat.unflatten(0, (self.repeats, -1)).unbind(0)
-
-
-class _Loop:
-    """One call's tensors by name, plan and buffers. Lane tensors are (lanes, H, K, V)."""
+class _Call:
+    """One call's loop and decay. Lane states are (lanes, H, K, V)."""
 
     def __init__(self, cu_seqlens: Tensor | None, chunk_size: int, **tensors: Tensor | None) -> None:
-        self.tensors = {name: x.flatten(0, 1) for name, x in tensors.items() if x is not None}
-        q, v, log_decay = tensors["q"], tensors["v"], tensors["log_decay"]
-        assert q is not None
-        assert v is not None
-        assert log_decay is not None
+        given = {name: x for name, x in tensors.items() if x is not None}
+        q, self.log_decay = given["q"], given["log_decay"]
         batch, time, self.heads, self.width = q.shape
-        self.values = v.shape[-1]
-        self.log_decay = log_decay
+        self.values = given["v"].shape[-1]
         self.packed = cu_seqlens is not None
-        self.scratch = Scratch(state_dtype(q), q.device)
+        self.dtype = state_dtype(q)
         self._fades: dict[int, _Fade] = {}
-        bounds = tuple(range(0, batch * time + 1, time)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
-        chunk = min(chunk_size, max(1, batch * time))
-        self.plan = plan(
+        bounds, chunk = document_bounds(batch, time, cu_seqlens), min(chunk_size, max(1, batch * time))
+        self.loop = Loop(
+            given,
             bounds,
-            chunk,
+            chunk=chunk,
             piece=self._piece(bounds, chunk),
-            lanes_per_block=max(1, BLOCK_BYTES // self._lane_bytes(chunk)),
-            device=q.device,
+            lane_bytes=self._lane_bytes,
+            dtype=self.dtype,
         )
-
-    def runs(self, block: Block) -> list[_Run]:
-        """The block's chunks in order, as many at a time as fit in cache."""
-        runs = []
-        for step in block.steps:
-            size = max(1, RUN_BYTES // (step.count * self._lane_bytes(step.length)))
-            runs += [_Run(step, i, min(size, step.repeats - i)) for i in range(0, step.repeats, size)]
-        return runs
 
     def _lane_bytes(self, chunk: int) -> int:
         per_head = self.width * self.values + chunk * (2 * self.width + 2 * self.values + chunk)
-        return self.scratch.dtype.itemsize * self.heads * per_head
+        return self.dtype.itemsize * self.heads * per_head
 
     def _piece(self, bounds: tuple[int, ...], chunk: int) -> int | None:
         """Tokens per lane where whole documents would make steps too small, else None."""
@@ -215,197 +206,193 @@ class _Loop:
 
     def states_before(self, state: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Every block with the states before its lanes: the document's, or the one the previous lane leaves."""
-        plan, lanes = self.plan, None
+        loop, plan, lanes = self.loop, self.loop.plan, None
         if plan.links:
-            lanes = state[plan.document].to(self.scratch.dtype)
+            lanes = state[plan.document].to(self.dtype)
             local, log_total = torch.zeros_like(lanes), self._log_totals()
             for block in plan.blocks:
-                for run in self.runs(block):
-                    fade = self.fade(run, block)
-                    k, v = self.load("k", run), self.load("v", run)
-                    k.wide.mul_(fade.b)
-                    self._carry(run, local[block.lanes], fade, k, v)
-                    self._add(run, log_total[block.lanes], fade)
+                for run in loop.runs(block):
+                    self._advance(run, block, local[block.lanes])
+                    self._add(run, log_total[block.lanes], self.fade(run, block))
             for lane, following in plan.links:
                 lanes[following] = log_total[lane].to(lanes.dtype).exp() * lanes[lane] + local[lane]
         for block in plan.blocks:
-            own = state[plan.document[block.lanes]].to(self.scratch.dtype) if lanes is None else lanes[block.lanes]
-            yield block, own
+            yield block, loop.lanes_of((state,), block)[0] if lanes is None else lanes[block.lanes]
 
     def grads_after(self, grad_state: Tensor) -> Iterator[tuple[Block, Tensor]]:
         """Every block with the gradients of the states after its lanes: states_before, mirrored."""
-        plan, lanes = self.plan, None
+        loop, plan, lanes = self.loop, self.loop.plan, None
         if plan.links:
-            lanes = grad_state[plan.document].to(self.scratch.dtype)
+            lanes = grad_state[plan.document].to(self.dtype)
             local, log_total = torch.zeros_like(lanes), self._log_totals()
             for block in plan.blocks:
-                for run in reversed(self.runs(block)):
+                for run in reversed(loop.runs(block)):
                     fade = self.fade(run, block)
-                    q, do = self.load("q", run), self.load("do", run)
-                    q.wide.mul_(fade.a)
-                    self._carry(run, local[block.lanes], fade, q, do, backwards=True)
+                    q, do = loop.load("q", run, scale=fade.a), loop.load("do", run)
+                    self._carry_back(run, local[block.lanes], fade, q, do)
                     self._add(run, log_total[block.lanes], fade)
             for lane, following in reversed(plan.links):
                 lanes[lane] = log_total[following].to(lanes.dtype).exp() * lanes[following] + local[following]
         for block in plan.blocks:
-            document = plan.document[block.lanes]
-            yield block, grad_state[document].to(self.scratch.dtype) if lanes is None else lanes[block.lanes]
+            yield block, loop.lanes_of((grad_state,), block)[0] if lanes is None else lanes[block.lanes]
 
-    def documents_like(self, state: Tensor) -> Tensor:
-        """A row per document for `keep` to fill; an empty document's row is copied."""
-        documents = torch.empty(state.shape, dtype=self.scratch.dtype, device=state.device)
-        documents[self.plan.empty] = state[self.plan.empty].to(documents.dtype)
-        return documents
-
-    def keep(self, documents: Tensor, block: Block, lanes: Tensor, which: Tensor) -> None:
-        """Write the block's lanes where `which` is set to their documents' rows."""
-        chosen = which[block.lanes]
-        documents[self.plan.document[block.lanes][chosen]] = lanes[chosen]
-
-    def reversed_states(self, block: Block, lanes: Tensor) -> Iterator[tuple[_Run, Tensor]]:
-        """The block's runs from last to first, each with the states before its chunks; `lanes` is overwritten."""
-        runs = self.runs(block)
-        chunks = sum(run.repeats for run in runs)
-        fits = chunks * lanes.numel() * lanes.element_size() <= STATE_BYTES
-        size = len(runs) if fits else math.ceil(math.sqrt(len(runs)))
-        groups = [runs[i : i + size] for i in range(0, len(runs), size)]
-        starts = []
-        for group in groups[:-1]:
-            starts.append(lanes.clone())
-            self._sweep(group, block, lanes)
-        for group in reversed(groups):
-            states = self._sweep(group, block, lanes, keep=True)
-            while states:
-                yield group[len(states) - 1], states.pop()
-            if starts:
-                lanes.copy_(starts.pop())
-
-    def _sweep(self, runs: list[_Run], block: Block, lanes: Tensor, *, keep: bool = False) -> list[Tensor]:
+    def sweep(self, runs: list[Run], block: Block, lanes: States, keep: bool) -> list[States]:
         """Advance the lanes over the runs; the states before their chunks, where they are to be kept."""
-        states = []
+        states: list[States] = []
+        (lane,) = lanes
         for run in runs:
-            fade = self.fade(run, block)
-            k, v = self.load("k", run), self.load("v", run)
-            k.wide.mul_(fade.b)
-            before = lanes.new_empty(run.repeats * run.step.count, *lanes.shape[1:]) if keep else None
-            self._carry(run, lanes, fade, k, v, passed=before)
-            states += [] if before is None else [before]
+            before = lane.new_empty(run.repeats * run.step.count, *lane.shape[1:]) if keep else None
+            self._advance(run, block, lane, passed=before)
+            states += [] if before is None else [(before,)]
         return states
+
+    def _advance(self, run: Run, block: Block, lanes: Tensor, *, passed: Tensor | None = None) -> None:
+        fade = self.fade(run, block)
+        k, v = self.loop.load("k", run, scale=fade.b), self.loop.load("v", run)
+        self._carry(run, lanes, fade, k, v, passed=passed)
 
     # ---- one run of chunks
 
-    def forward(self, run: _Run, block: Block, lanes: Tensor) -> None:
-        fade = self.fade(run, block)
-        q, k, v = self.load("q", run), self.load("k", run), self.load("v", run)
-        scores, o = self.chunk("scores", run, run.step.length), self.chunk("o", run, self.values)
-        fade.scores.forward(q, k, scores)
+    def forward(self, run: Run, block: Block, lanes: Tensor) -> None:
+        loop, fade = self.loop, self.fade(run, block)
+        rows, keys = fade.early
+        q, k, v = loop.load("q", run, scale=rows), loop.load("k", run, scale=keys), loop.load("v", run)
+        scores, o = loop.chunk("scores", run, run.step.length), loop.chunk("o", run, self.values)
+        _scores(fade, q, k, scores)
         torch.bmm(scores.flat, v.flat, out=o.flat)
-        q.wide.mul_(fade.a)
-        k.wide.mul_(fade.b)
+        if fade.scores is not None:
+            q.wide.mul_(fade.a)
+            k.wide.mul_(fade.b)
         self._carry(run, lanes, fade, k, v, reads=(q, o))
-        self.store("o", run, o)
+        loop.store("o", run, o)
 
-    def backward(self, run: _Run, block: Block, before: Tensor, lanes: Tensor) -> None:
+    def backward(self, run: Run, block: Block, before: Tensor, lanes: Tensor) -> None:
         """`before`: S of every chunk; `lanes`: G after the run, replaced by G before it."""
-        fade, width = self.fade(run, block), self.width
-        q, k, v, do = (self.load(name, run) for name in ("q", "k", "v", "do"))
-        with_decay = "dlog" in self.tensors
+        loop, fade, width = self.loop, self.fade(run, block), self.width
+        rows, keys = fade.early
+        q, k = loop.load("q", run, scale=rows), loop.load("k", run, scale=keys)
+        v, do = loop.load("v", run), loop.load("do", run)
+        with_decay = "dlog" in loop.tensors
 
-        scores, dscores = self.chunk("scores", run, run.step.length), self.chunk("dscores", run, run.step.length)
-        dq_in, dq_out, dk_in, dk_out = (self.chunk(name, run, width) for name in ("dq_in", "dq_out", "dk_in", "dk_out"))
-        dv, faded = self.chunk("dv", run, self.values), self.chunk("faded", run, width)
-        fade.scores.forward(q, k, scores)
+        scores, dscores = loop.chunk("scores", run, run.step.length), loop.chunk("dscores", run, run.step.length)
+        dq, dk, dv = loop.chunk("dq", run, width), loop.chunk("dk", run, width), loop.chunk("dv", run, self.values)
+        _scores(fade, q, k, scores)
         torch.bmm(scores.turned, do.flat, out=dv.flat)
         torch.bmm(do.flat, v.turned, out=dscores.flat)
-        fade.scores.backward(dscores, q, k, dq_in, dk_in, strict=with_decay)
+        _scores_backward(fade, dscores, q, k, dq, dk, strict=with_decay)
 
-        after = self.scratch.take("after", *before.shape)
-        torch.mul(q.wide, fade.a, out=faded.wide)
-        self._carry(run, lanes, fade, faded, do, backwards=True, passed=after.wide)
-        torch.bmm(do.flat, before.flatten(0, 1).transpose(1, 2), out=dq_out.flat)
-        torch.bmm(v.flat, after.turned, out=dk_out.flat)
-        torch.mul(k.wide, fade.b, out=faded.wide)
-        dv.flat.baddbmm_(faded.flat, after.flat)
-        dq_out.wide.mul_(fade.a)
-        dk_out.wide.mul_(fade.b)
-        if with_decay:
-            across = (fade.total * before * after.wide).sum(-1)
-            inside = (dq_in.wide, dk_in.wide, dq_out.wide, dk_out.wide)
-            dlog = _decay_gradient(across, q.wide, k.wide, *inside, shared=fade.a.shape[-1] == 1)
-            self._store_decay(run, block, dlog)
-            own = (do.wide * v.wide).sum(-1, keepdim=True)
-            dq_in.wide.addcmul_(own, k.wide)
-            dk_in.wide.addcmul_(own, q.wide)
-        dq_in.wide.add_(dq_out.wide)
-        dk_in.wide.add_(dk_out.wide)
-        for name, grad in (("dq", dq_in), ("dk", dk_in), ("dv", dv)):
-            self.store(name, run, grad)
+        faded_q, faded_k = q, k
+        if fade.scores is not None:
+            faded_q, faded_k = loop.chunk("faded q", run, width), loop.chunk("faded k", run, width)
+            torch.mul(q.wide, fade.a, out=faded_q.wide)
+            torch.mul(k.wide, fade.b, out=faded_k.wide)
+        after = loop.scratch.take("after", *before.shape)
+        self._carry_back(run, lanes, fade, faded_q, do, passed=after.wide)
+        dv.flat.baddbmm_(faded_k.flat, after.flat)
+        if with_decay or fade.scores is not None:
+            dq_out, dk_out = loop.chunk("dq_out", run, width), loop.chunk("dk_out", run, width)
+            torch.bmm(do.flat, before.flatten(0, 1).transpose(1, 2), out=dq_out.flat)
+            torch.bmm(v.flat, after.turned, out=dk_out.flat)
+            if fade.scores is not None:
+                dq_out.wide.mul_(fade.a)
+                dk_out.wide.mul_(fade.b)
+            if with_decay:
+                total = fade.total if fade.scores is not None else 1.0
+                across = (total * before * after.wide).sum(-1)
+                inside = (dq.wide, dk.wide, dq_out.wide, dk_out.wide)
+                dlog = _decay_gradient(across, q.wide, k.wide, *inside, shared=fade.a.shape[-1] == 1)
+                self._store_decay(run, block, dlog)
+                own = (do.wide * v.wide).sum(-1, keepdim=True)
+                dq.wide.addcmul_(own, k.wide)
+                dk.wide.addcmul_(own, q.wide)
+            dq.wide.add_(dq_out.wide)
+            dk.wide.add_(dk_out.wide)
+        else:
+            dq.flat.baddbmm_(do.flat, before.flatten(0, 1).transpose(1, 2))
+            dk.flat.baddbmm_(v.flat, after.turned)
+        for name, grad, scale in (("dq", dq, rows), ("dk", dk, keys), ("dv", dv, None)):
+            loop.store(name, run, grad, scale=scale)
 
     def _carry(
         self,
-        run: _Run,
+        run: Run,
         lanes: Tensor,
         fade: _Fade,
-        left: Buffer,
-        right: Buffer,
+        k: Buffer,
+        v: Buffer,
         *,
-        backwards: bool = False,
         passed: Tensor | None = None,
         reads: tuple[Buffer, Buffer] | None = None,
     ) -> None:
-        """Chunk after chunk, S ← e^{L_m} ∘ S + leftᵀ right; backwards, the same for G from the last chunk to the first.
+        """Chunk after chunk, S ← e^{L_m} ∘ S + kᵀ v for faded k.
 
-        passed  (repeats * lanes, H, K, V), to receive S before (G after) every chunk
+        passed  (repeats * lanes, H, K, V), to receive S before every chunk
         reads   (a ∘ q, o): o += (a ∘ q) S in every chunk
         """
         state = run.step.pick(lanes)
         flat = state.flatten(0, 1)
-        lefts, rights = run.split(left.turned), run.split(right.flat)
-        totals = run.split(fade.total) if fade.total.shape[0] > 1 else (fade.total,) * run.repeats
+        lefts, rights, totals = run.split(k.turned), run.split(v.flat), self._totals(run, fade)
         kept = None if passed is None else run.split(passed)
         queries, outputs = (None, None) if reads is None else (run.split(x.flat) for x in reads)
-        for j in reversed(range(run.repeats)) if backwards else range(run.repeats):
+        for j in range(run.repeats):
             if kept is not None:
                 kept[j].copy_(state)
             if queries is not None and outputs is not None:
                 outputs[j].baddbmm_(queries[j], flat)
-            state.mul_(totals[j])
+            if fade.scores is not None:
+                state.mul_(totals[j])
             flat.baddbmm_(lefts[j], rights[j])
+            if fade.scores is None:
+                state.mul_(totals[j])
         run.step.put(lanes, state)
 
+    def _carry_back(
+        self, run: Run, lanes: Tensor, fade: _Fade, q: Buffer, do: Buffer, *, passed: Tensor | None = None
+    ) -> None:
+        """From the last chunk to the first, G ← e^{L_m} ∘ G + qᵀ do for faded q.
+
+        passed  (repeats * lanes, H, K, V), to receive G after every chunk: faded already where q and k are loaded faded
+        """
+        grad = run.step.pick(lanes)
+        flat = grad.flatten(0, 1)
+        lefts, rights, totals = run.split(q.turned), run.split(do.flat), self._totals(run, fade)
+        kept = None if passed is None else run.split(passed)
+        for j in reversed(range(run.repeats)):
+            if fade.scores is None:
+                grad.mul_(totals[j])
+            if kept is not None:
+                kept[j].copy_(grad)
+            if fade.scores is not None:
+                grad.mul_(totals[j])
+            flat.baddbmm_(lefts[j], rights[j])
+        run.step.put(lanes, grad)
+
     @staticmethod
-    def _add(run: _Run, log_total: Tensor, fade: _Fade) -> None:
+    def _totals(run: Run, fade: _Fade) -> tuple[Tensor, ...]:
+        return run.split(fade.total) if fade.total.shape[0] > 1 else (fade.total,) * run.repeats
+
+    @staticmethod
+    def _add(run: Run, log_total: Tensor, fade: _Fade) -> None:
         """The run's decay on top of what each of its lanes has so far."""
         shared = fade.log_total.shape[0] == 1
         total = fade.log_total * run.repeats if shared else torch.stack(run.split(fade.log_total)).sum(0)
         run.step.put(log_total, run.step.pick(log_total).add_(total))
 
-    def chunk(self, name: str, run: _Run, width: int) -> Buffer:
-        return self.scratch.take(name, run.repeats * run.step.count, self.heads, run.step.length, width)
-
-    def load(self, name: str, run: _Run) -> Buffer:
-        source = self.tensors[name]
-        buffer = self.chunk(name, run, source.shape[-1])
-        run.step.load(source, run.i, run.repeats, buffer.wide)
-        return buffer
-
-    def store(self, name: str, run: _Run, value: Buffer) -> None:
-        run.step.store(self.tensors[name], run.i, run.repeats, value.wide)
-
-    def _store_decay(self, run: _Run, block: Block, dlog: Tensor) -> None:
+    def _store_decay(self, run: Run, block: Block, dlog: Tensor) -> None:
+        out = self.loop.tensors["dlog"]
         if self.log_decay.shape[1] != 1:
-            run.step.store(self.tensors["dlog"], run.i, run.repeats, dlog)
+            run.step.store(out, run.i, run.repeats, dlog)
         else:
             total = dlog.sum(2).flatten(1).double()
-            self.tensors["dlog"].flatten(1).index_add_(0, self._sequences(run, block), total)
+            out.flatten(1).index_add_(0, self._sequences(run, block), total)
 
     # ---- decay
 
-    def fade(self, run: _Run, block: Block) -> _Fade:
+    def fade(self, run: Run, block: Block) -> _Fade:
         """The decay of the run's chunks; computed once per length where it is the same for all tokens and sequences."""
         step = run.step
         if self.log_decay.shape[1] != 1:
-            flat = self.tensors["log_decay"]
+            flat = self.loop.tensors["log_decay"]
             shape = (run.repeats * step.count, self.heads, step.length, flat.shape[2])
             out = torch.empty(shape, dtype=torch.float64, device=flat.device)
             return self._fade(step.load(flat, run.i, run.repeats, out).cumsum(2))
@@ -421,25 +408,41 @@ class _Loop:
 
     def _fade(self, running: Tensor) -> _Fade:
         last = running[..., -1:, :]
-        dtype = self.scratch.dtype
-        scores = HeadScores if running.shape[-1] == 1 else ChannelScores
         log_total = last.transpose(-1, -2)
-        return _Fade(
-            running.to(dtype).exp(),
-            (last - running).to(dtype).exp_(),
-            log_total.to(dtype).exp(),
-            log_total,
-            scores(running, self.scratch),
-        )
+        total = log_total.to(self.dtype).exp()
+        if float(last.min()) > -SAFE:
+            return _Fade(running.to(self.dtype).exp(), running.neg().to(self.dtype).exp_(), total, log_total, None)
+        kind = HeadScores if running.shape[-1] == 1 else ChannelScores
+        scores = kind(running, self.loop.scratch)
+        return _Fade(running.to(self.dtype).exp(), (last - running).to(self.dtype).exp_(), total, log_total, scores)
 
-    def _sequences(self, run: _Run, block: Block) -> Tensor:
+    def _sequences(self, run: Run, block: Block) -> Tensor:
         """The row of the batch that each chunk of the run belongs to."""
-        document = run.step.pick(self.plan.document[block.lanes])
+        document = run.step.pick(self.loop.plan.document[block.lanes])
         return (torch.zeros_like(document) if self.packed else document).repeat(run.repeats)
 
     def _log_totals(self) -> Tensor:
-        lanes, channels = len(self.plan.document), self.log_decay.shape[-1]
-        return torch.zeros(lanes, self.heads, channels, 1, dtype=torch.float64, device=self.scratch.device)
+        lanes, channels = len(self.loop.plan.document), self.log_decay.shape[-1]
+        return torch.zeros(lanes, self.heads, channels, 1, dtype=torch.float64, device=self.log_decay.device)
+
+
+def _scores(fade: _Fade, q: Buffer, k: Buffer, scores: Buffer) -> None:
+    """P (N, H, m, m) into `scores`."""
+    if fade.scores is not None:
+        fade.scores.forward(q, k, scores)
+    else:
+        torch.bmm(q.flat, k.turned, out=scores.flat)
+        scores.wide.tril_()
+
+
+def _scores_backward(fade: _Fade, grad: Buffer, q: Buffer, k: Buffer, dq: Buffer, dk: Buffer, *, strict: bool) -> None:
+    """dq, dk from grad = do vᵀ, which is overwritten; `strict` leaves out each token's product with itself."""
+    if fade.scores is not None:
+        fade.scores.backward(grad, q, k, dq, dk, strict=strict)
+    else:
+        grad.wide.tril_(-1 if strict else 0)
+        torch.bmm(grad.flat, k.flat, out=dq.flat)
+        torch.bmm(grad.turned, q.flat, out=dk.flat)
 
 
 def _decay_gradient(
