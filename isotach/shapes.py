@@ -1,6 +1,7 @@
 """Shapes as data: what `Float[Tensor, "B #T H K"]` in a NamedTuple says is checked, sliced and drawn from here.
 
-An axis name binds to one size across all fields; `#T` also accepts 1 (the value is shared along that axis).
+An axis name binds to one size across all fields; `#T` also accepts 1 (the value is shared along that axis), and `1` is
+always 1.
 B batch, T time, H heads, K/V key/value width, D model width, S stored tokens.
 """
 
@@ -34,7 +35,7 @@ def axes(cls: type[tuple[Any, ...]]) -> dict[str, tuple[Axis, ...]]:
 
 def check(who: str, value: tuple[Any, ...]) -> dict[str, int]:
     """Bind every axis name to its size; ValueError tells who, expected, got and the remedy."""
-    sizes: dict[str, int] = {}
+    sizes = {"1": 1}
     for field, declared in axes(type(value)).items():
         shape = tuple(getattr(value, field).shape)
         if not _fits(shape, declared, sizes):
@@ -56,6 +57,7 @@ def example(
 
     `shared[field]` names the `#` axes that this example gives length 1.
     """
+    sizes = {"1": 1, **sizes}
     fields = {}
     for field, declared in axes(cls).items():
         alone = (shared or {}).get(field, frozenset())

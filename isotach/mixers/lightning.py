@@ -7,13 +7,15 @@ LRPE turns q and k by a learned angle per head and channel, in the first layer o
 heads and comes before the gate; q is not scaled by 1/√K.
 
 TransNormerLLM (arXiv:2307.14995), Various Lengths, Constant Speed (arXiv:2405.17381). Where the papers' formula for λ
-and every released model differ, `decay = "released"` follows the models: larger heads fade more slowly.
+and every released model differ, `decay = "released"` follows the models: larger heads fade more slowly. MiniMax-01
+(arXiv:2501.08313) is lrpe = "none", decay = "minimax", values = "silu", gate_activation = "sigmoid", norm_gain = true.
 """
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,13 +27,23 @@ from isotach.ops.decay import Decay
 
 class Lightning(Mixer):
     class Config(MixerConfig):
-        """lrpe: the layers that encode positions; decay: rates as in the released models, or as the papers print them;
-        gate: the output gate u.
+        """lrpe: the layers that encode positions; decay: rates as TransNormerLLM's released models have them, as the
+        papers print them, or as MiniMax-01 has them; values: silu on v as well; gate: the output gate u;
+        gate_activation: what u goes through; norm_gain: a learned gain in the norm.
         """
 
         lrpe: Literal["first", "all", "none"] = "first"
-        decay: Literal["released", "paper"] = "released"
+        decay: Literal["released", "paper", "minimax"] = "released"
+        values: Literal["linear", "silu"] = "linear"
         gate: bool = True
+        gate_activation: Literal["none", "sigmoid"] = "none"
+        norm_gain: bool = False
+
+        @model_validator(mode="after")
+        def _gated(self) -> Self:
+            if self.gate_activation != "none" and not self.gate:
+                raise ValueError(f"gate_activation = {self.gate_activation!r} without a gate; set gate = true")
+            return self
 
     log_decay: Tensor
 
@@ -41,15 +53,17 @@ class Lightning(Mixer):
         self.heads, self.recurrence = config.heads, Decay()
         self.q, self.k, self.v, self.out = (linear(width, width) for _ in range(4))
         self.gate = linear(width, width) if config.gate else None
-        self.norm = SRMSNorm(width)
+        self.norm = nn.RMSNorm(width, eps=1e-6) if config.norm_gain else SRMSNorm(width)
         encodes = config.lrpe == "all" or (config.lrpe == "first" and place.index == 0)
         # One ladder over all heads, from 1 down to 1e-8, as released.
         self.theta = nn.Parameter(ladder(width).view(config.heads, -1)) if encodes else None
-        rates = released_rates(config.heads, place) if config.decay == "released" else paper_rates(config.heads, place)
-        self.register_buffer("log_decay", -rates, persistent=False)
+        self.activate_values, self.sigmoid = config.values == "silu", config.gate_activation == "sigmoid"
+        self.register_buffer("log_decay", -RATES[config.decay](config.heads, place), persistent=False)
 
     def project(self, x: Tensor, scan: Scan) -> tuple[Decay.Inputs, Tensor]:
         q, k, v = self.split(F.silu(self.q(x))), self.split(F.silu(self.k(x))), self.split(self.v(x))
+        if self.activate_values:
+            v = F.silu(v)
         if self.theta is not None:
             angle = angles(scan.span.positions, self.theta)
             q, k = lrpe(q, angle), lrpe(k, angle)
@@ -58,7 +72,10 @@ class Lightning(Mixer):
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         y = self.norm(o.flatten(-2))
-        return self.out(y if self.gate is None else y * self.gate(x))
+        if self.gate is not None:
+            u = self.gate(x)
+            y = y * (u.sigmoid() if self.sigmoid else u)
+        return self.out(y)
 
 
 def released_rates(heads: int, place: Place) -> Tensor:
@@ -73,9 +90,18 @@ def paper_rates(heads: int, place: Place) -> Tensor:
     return (8 * head / heads * (1 - place.index / place.depth)).float()
 
 
+def minimax_rates(heads: int, place: Place) -> Tensor:
+    """-log λ (H,) float32: the slope 2^(-8h / H), h = 1..H, scaled as MiniMax-01 rounds it, also in its only layer."""
+    head = torch.arange(1, heads + 1, dtype=torch.float64)
+    return (2 ** (-8 * head / heads) * (1 - place.index / (place.depth - 1 + 1e-5) + 1e-5)).float()
+
+
 def alibi_slopes(heads: int) -> list[float]:
     """2^(-8(h+1)/H); for other H, those of the lower power of two, then every second one of the next."""
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
     between = [2 ** (-4 * (h + 1) / power) for h in range(0, 2 * power, 2)]
     return slopes + between[: heads - power]
+
+
+RATES = {"released": released_rates, "paper": paper_rates, "minimax": minimax_rates}

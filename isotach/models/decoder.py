@@ -1,18 +1,21 @@
 """The one language model: tokens -> logits, with its memory as an explicit value.
 
     x ← embed(tokens) · √D
-    per block:  x ← x + mixer(norm(x));  x ← x + GLU(norm(x))
+    per block:  x ← x + mixer(norm(x));  x ← x + ffn(norm(x))
     logits = head(norm(x))
 
-Which mixer sits in which layer is a pattern of names, repeated over the depth. As published for TransNormerLLM
-(arXiv:2307.14995): SimpleRMSNorm before each part and at the end, biases nowhere, weights from N(0, 0.02).
+Which mixer sits in which layer is a pattern of names, repeated over the depth; the channel mixer is the same in all.
+Where nothing else is said it is as published for TransNormerLLM (arXiv:2307.14995): SimpleRMSNorm before each part and
+at the end, a GLU, biases nowhere, weights from N(0, 0.02).
 """
 
 import hashlib
+import math
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -23,26 +26,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from isotach import config as configuration
-from isotach import mixers
+from isotach import mixers, shapes
 from isotach.config import Config
 from isotach.errors import UserError
 from isotach.files import write_atomically
 from isotach.models.presets import preset
 from isotach.models.state import DecoderState
-from isotach.nn.ffn import GLU, Activation
-from isotach.nn.mixer import MixerConfig, MixerState, Place, Shared, initialize, linear
+from isotach.nn.ffn import Activation, ChannelMixer, Kind, channel_mixer
+from isotach.nn.mixer import MixerConfig, MixerState, Place, Scan, Shared, initialize, linear
 from isotach.nn.norm import SRMSNorm
 from isotach.ops.engine import Span
-from isotach.ops.recurrence import stored_fields
 from isotach.rng import generator
+
+Norm = Literal["srms", "rms", "layer"]
+NORMS: dict[Norm, type[nn.Module]] = {"srms": SRMSNorm, "rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
 class ModelConfig(Config):
     """[model] of a recipe. `preset = "tnl-1m"` fills in what is not given; a mixer's options are a table by its name.
 
-    vocab    tokens the model knows            width   D            depth   blocks
-    heads    per mixer; divides width          hidden  of the GLU   pattern mixers, repeated over the depth
-    tie      share embedding and head          scale_embedding      embeddings times √D
+    vocab    tokens the model knows            width   D               depth   blocks
+    heads    per mixer; divides width          hidden  inside the ffn  pattern mixers, repeated over the depth
+    tie      share embedding and head          scale_embedding         embeddings times √D; embed_norm: normalised
+    ffn      channel mixer (nn/ffn.py)         activation, ffn_bias    of the GLU
+    norm     srms; rms: with learned gains; layer: LayerNorm
     """
 
     vocab: int = Field(ge=1)
@@ -53,7 +60,11 @@ class ModelConfig(Config):
     pattern: tuple[str, ...] = Field(("lightning",), min_length=1)
     tie: bool = True
     scale_embedding: bool = True
+    embed_norm: bool = False
+    ffn: Kind = "glu"
     activation: Activation = "none"
+    ffn_bias: bool = False
+    norm: Norm = "srms"
     norm_eps: float = Field(1e-6, gt=0)
     init_std: float = Field(0.02, gt=0)
     mixers: dict[str, MixerConfig] = {}
@@ -90,6 +101,12 @@ class ModelConfig(Config):
                 raise ValueError(configuration.sentence(mixers.find(name).Config, name, error)) from None
         return data | {"mixers": options}
 
+    @model_validator(mode="after")
+    def _ffn_takes_its_options(self) -> Self:
+        with torch.device("meta"):
+            self.channel_mixer(Place(0, self.depth))
+        return self
+
     @model_serializer(mode="wrap")
     def _flatten(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data = serialize(self)
@@ -105,23 +122,35 @@ class ModelConfig(Config):
     def mixer_of(self, layer: int) -> str:
         return self.pattern[layer % len(self.pattern)]
 
+    def channel_mixer(self, place: Place) -> ChannelMixer:
+        return channel_mixer(self.ffn, self.width, self.hidden, place, activation=self.activation, bias=self.ffn_bias)
+
+    def normalization(self) -> nn.Module:
+        return NORMS[self.norm](self.width, eps=self.norm_eps)
+
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + GLU(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x))."""
 
     def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
         name = config.mixer_of(place.index)
-        self.mixer = mixers.find(name)(config.mixers[name], place)
-        self.mixer_norm, self.ffn_norm = (SRMSNorm(config.width, eps=config.norm_eps) for _ in range(2))
-        self.ffn = GLU(config.width, config.hidden, activation=config.activation)
+        self.mixer = mixers.find(name).build(config.mixers[name], place)
+        self.mixer_norm, self.ffn_norm = config.normalization(), config.normalization()
+        self.ffn = config.channel_mixer(place)
 
     def forward(
         self, x: Tensor, state: MixerState | None, span: Span, shared: dict[str, Tensor]
     ) -> tuple[Tensor, MixerState]:
-        y, state = self.mixer(self.mixer_norm(x), state, span, shared)
-        x = x + y
-        return x + self.ffn(self.ffn_norm(x)), state
+        y, after = self.mixer(self.mixer_norm(x), state, span, shared)
+        x, scan = x + y, Scan(state, span, shared)
+        return x + self.ffn(self.ffn_norm(x), scan), after | scan.after
+
+    def stored(self, name: str, context: int) -> tuple[int, int]:
+        """Entries that the growing state called `name` holds after `context` tokens, and heads that read each."""
+        if name == "cache" and self.mixer.cache is not None:
+            return context // self.mixer.cache.config.segment, 1
+        return self.mixer.recurrence.stored(context), self.mixer.heads
 
 
 class Decoder(nn.Module):
@@ -134,9 +163,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.recompute = config, False
         self.embed = nn.utils.skip_init(nn.Embedding, config.vocab, config.width, device=torch.get_default_device())
+        self.embed_norm = config.normalization() if config.embed_norm else nn.Identity()
         self.shared = Shared()
         self.blocks = nn.ModuleList(Block(config, Place(i, config.depth, self.shared)) for i in range(config.depth))
-        self.norm = SRMSNorm(config.width, eps=config.norm_eps)
+        self.norm = config.normalization()
         self.unembed = None if config.tie else linear(config.width, config.vocab)
         if not self.embed.weight.is_meta:
             initialize(self, partial(generator, seed), config.init_std)
@@ -161,6 +191,7 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if self.config.scale_embedding:
             x = x * self.config.width**0.5
+        x = self.embed_norm(x)
         after = []
         shared: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
@@ -187,29 +218,40 @@ class Decoder(nn.Module):
     def flops_per_token(self, context: int) -> float:
         """Forward FLOPs of one token with `context` tokens before it; a multiply-add counts twice.
 
-        Matrices and head; 4 per element of a constant state (write, read); 2 (K + V) per query head and past token of
-        a growing one.
+        Matrices and head; 4 per number of a constant state (write, read); of every token that is stored, in a window
+        or for good, 2 per head and channel of its key and of its value, and 2 per number of what it has besides.
         """
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         if self.unembed is None:
             matrices += self.embed.weight.numel()
         flops = 2.0 * matrices
-        for states in self.template().blocks:
-            for state in states.values():
-                if stored_fields(state):
-                    flops += 2.0 * self.config.heads * (state.k.shape[-1] + state.v.shape[-1]) * context
-                else:
-                    flops += 4.0 * sum(leaf.numel() for leaf in state)
+        for dtype, sizes, heads in self._state_tensors(context):
+            numbers = math.prod(size for _, size in sizes)
+            stored = [size for axis, size in sizes if axis in ("S", "W")]
+            channels = [size for axis, size in sizes if axis in ("K", "V")]
+            if not dtype.is_floating_point:
+                continue
+            if not stored:
+                flops += 4 * numbers
+            else:
+                flops += 2 * (heads * stored[0] * channels[0] if channels else numbers)
         return flops
 
     def state_bytes(self, context: int) -> int:
         """Bytes of one sequence's state after `context` tokens."""
-        total = 0
-        for block in self.template().blocks:
-            for state in block.values():
-                stored = stored_fields(state)
-                total += sum(getattr(state, f).nbytes * (context if f in stored else 1) for f in state._fields)
-        return total
+        tensors = self._state_tensors(context)
+        return sum(math.prod(size for _, size in sizes) * dtype.itemsize for dtype, sizes, _ in tensors)
+
+    def _state_tensors(self, context: int) -> Iterator[tuple[torch.dtype, list[tuple[str, int]], int]]:
+        """Of all tensors of a sequence's state: dtype, sizes by axis after `context` tokens, heads that read them."""
+        for block, states in zip(self.blocks, self.template().blocks, strict=True):
+            assert isinstance(block, Block)
+            for name, state in states.items():
+                entries, heads = block.stored(name, context)
+                for field, declared in shapes.axes(type(state)).items():
+                    leaf = getattr(state, field)
+                    named = zip((axis.name for axis in declared), leaf.shape, strict=True)
+                    yield leaf.dtype, [(axis, entries if axis == "S" else size) for axis, size in named], heads
 
     @torch.inference_mode()
     def template(self) -> DecoderState:

@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isotach.config import Config
+from isotach.nn.energy import EnergyConfig, EnergyGate
+from isotach.nn.memory_cache import CacheConfig, MemoryCache
 from isotach.ops.engine import Span, run
 from isotach.ops.recurrence import Recurrence, Tensors
 
@@ -47,10 +49,15 @@ class Place:
 
 
 class MixerConfig(Config):
-    """What every mixer is given; a mixer's own Config adds to it."""
+    """What every mixer is given; a mixer's own Config adds to it.
+
+    energy: keys weighed by their tokens' salience; cache: memories of earlier segments are kept and read
+    """
 
     width: int = Field(ge=1)
     heads: int = Field(ge=1)
+    energy: EnergyConfig | None = None
+    cache: CacheConfig | None = None
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -71,22 +78,43 @@ class Scan:
         self.after: MixerState = {}
         self._before = before or {}
 
+    def before(self, name: str) -> Tensors | None:
+        """The state called `name` before this call."""
+        return self._before.get(name)
+
     def __call__(self, name: str, rec: Recurrence, x: Tensors, *, causal: bool = True) -> Tensor:
         output, self.after[name] = run(rec, x, self._before.get(name), self.span, causal=causal)
         return output
 
 
 class Mixer(nn.Module, ABC):
-    """One layer's token mixing. Subclasses set `recurrence` and `heads` in __init__ and define project and output."""
+    """One layer's token mixing. Subclasses set `recurrence` and `heads` in __init__ and define project and output.
+
+    A model's layers come from `build`, which adds what every mixer may be wrapped in.
+    """
 
     Config: ClassVar[type[Any]]
-    causal: ClassVar[bool] = True
+    causal: bool = True  # False: the tokens are a set, and every one reads them all
     recurrence: Recurrence
     heads: int
 
     @abstractmethod
     def __init__(self, config: Any, place: Place) -> None:
         super().__init__()
+        self.energy: EnergyGate | None = None
+        self.cache: MemoryCache | None = None
+
+    @classmethod
+    def build(cls, config: Any, place: Place) -> Self:
+        """The layer with its energy gate and memory cache; ValueError where its recurrence cannot take them."""
+        mixer, name = cls(config, place), cls.__name__.lower()
+        if config.energy is not None:
+            EnergyGate.check(name, mixer.recurrence)
+            mixer.energy = EnergyGate(config.width, getattr(mixer, "kv_heads", mixer.heads), config.energy)
+        if config.cache is not None:
+            MemoryCache.check(name, mixer.recurrence, causal=mixer.causal)
+            mixer.cache = MemoryCache(config.width, config.cache)
+        return mixer
 
     @abstractmethod
     def project(self, x: Float[Tensor, "B T D"], scan: Scan) -> tuple[Tensors, Any]:
@@ -110,7 +138,12 @@ class Mixer(nn.Module, ABC):
         """y (B, T, D) and the state after it; `state` None is the empty past, `shared` belongs to the model's call."""
         scan = Scan(state, span, shared)
         inputs, aux = self.project(x, scan)
-        o = scan("main", self.recurrence, inputs, causal=self.causal)
+        if self.energy is not None:
+            inputs = self.energy(self.recurrence, inputs, x, scan)
+        if self.cache is not None:
+            o = self.cache(self.recurrence, inputs, x, scan)
+        else:
+            o = scan("main", self.recurrence, inputs, causal=self.causal)
         return self.output(o, aux), scan.after
 
     def split(self, x: Float[Tensor, "B T HK"]) -> Float[Tensor, "B T H K"]:

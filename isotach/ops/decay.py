@@ -62,8 +62,10 @@ class Decay(Recurrence):
         return self.State(_fade(a.log_decay, s.state) + a.update)
 
     def emit(self, x: Tensors, s: Tensors) -> Tensor:
-        states = s.state.expand(-1, length(x), -1, -1, -1)
-        return torch.einsum("bthk,bthkv->bthv", x.q.to(states.dtype), states).to(x.q.dtype)
+        q = x.q.to(s.state.dtype)
+        if s.state.shape[1] == 1:  # one state for all tokens is not copied for each
+            return torch.einsum("bthk,bhkv->bthv", q, s.state[:, 0]).to(x.q.dtype)
+        return torch.einsum("bthk,bthkv->bthv", q, s.state).to(x.q.dtype)
 
     def neutral(self, x: Tensors) -> Summary:
         batch, _, heads, width = x.k.shape

@@ -84,8 +84,7 @@ def run(
     if not causal:
         return _set(rec, x, state, span.cu_seqlens)
     if length(x) == 1 and span.cu_seqlens is None:
-        state = rec.apply(at_time(rec.lift(x), 0), state)
-        return rec.emit(x, with_time(state)), state
+        return rec.step(x, state)
     if backend == "reference":
         return _documents(rec, x, state, span.cu_seqlens, 1, recurrent)
     kernel = backends.find(rec, backend, _device(x))

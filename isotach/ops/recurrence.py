@@ -77,6 +77,15 @@ class Recurrence(ABC):
     def initial(self, x: Tensors, rows: int) -> Tensors:
         """The state before the first token of `rows` sequences, for inputs shaped like x."""
 
+    def step(self, x: Tensors, s: Tensors) -> tuple[Tensor, Tensors]:
+        """Outputs (B, 1, H, V) of one token, and the state after it; families override it where that saves work."""
+        s = self.apply(at_time(self.lift(x), 0), s)
+        return self.emit(x, with_time(s)), s
+
+    def stored(self, context: int) -> int:
+        """Entries along S of a state that has read `context` tokens; a family that grows, but not for ever, says so."""
+        return context
+
     @staticmethod
     def compact(s: Tensors) -> Tensors:
         """The state without spare room: equal pasts give equal tensors. What is compared, saved and counted."""
@@ -108,9 +117,9 @@ class Recurrence(ABC):
         return torch.cat(outputs, 1)
 
 
-def stored_fields(state: Tensors) -> set[str]:
-    """The fields that grow with the tokens read: those with an axis S."""
-    return {field for field, declared in shapes.axes(type(state)).items() if any(axis.name == "S" for axis in declared)}
+def stored_fields(kind: type[Tensors]) -> set[str]:
+    """The fields of a State that grow with the tokens read: those with an axis S."""
+    return {field for field, declared in shapes.axes(kind).items() if any(axis.name == "S" for axis in declared)}
 
 
 def length(x: Tensors) -> int:

@@ -310,6 +310,24 @@ def precision(subject: Subject) -> Iterator[Case]:
             yield _case(variant, hard), max(error([a], [b]) for a, b in zip(got, exact, strict=True))
 
 
+@law(13, "a set has no order")
+def order(subject: Subject) -> Iterator[Case]:
+    if subject.causal or not isinstance(subject, Layer):
+        return
+    from isotach.testing import sets  # which imports this module
+
+    yield from sets.order(subject)
+
+
+@law(14, "a set's token reads what comes last in a sequence")
+def last(subject: Subject) -> Iterator[Case]:
+    if subject.causal or not isinstance(subject, Layer):
+        return
+    from isotach.testing import sets  # which imports this module
+
+    yield from sets.oracle(subject)
+
+
 @contextmanager
 def _poisoned() -> Iterator[None]:
     """Fresh memory is NaN: PyTorch fills it in its deterministic mode."""
@@ -357,7 +375,8 @@ def _gradients(subject: Subject, variant: str, x: Tensors, past: Any, span: Span
     """Gradients of a fixed weighting of outputs and final state, for inputs and initial state."""
     x, past = _cast(x, None), _cast_state(subject, past, None)
     leaves = [leaf.requires_grad_() for leaf in (*x, *floating(subject, past))]
-    return list(torch.autograd.grad(_weighted(subject, variant, x, past, span, backend), leaves))
+    total = _weighted(subject, variant, x, past, span, backend)
+    return list(torch.autograd.grad(total, leaves, materialize_grads=True))  # empty leaves are used by nothing
 
 
 def _weighted(subject: Subject, variant: str, x: Tensors, past: Any, span: Span, backend: str) -> Tensor:

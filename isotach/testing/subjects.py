@@ -2,7 +2,7 @@
 
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from isotach.ops.engine import Span, run
 from isotach.ops.recurrence import Recurrence, Tensors, family
 from isotach.rng import generator
 
-SIZES = {"B": 2, "T": 37, "H": 2, "K": 4, "V": 6, "G": 1, "D": 16}
+SIZES = {"B": 2, "T": 37, "H": 2, "K": 4, "V": 6, "G": 1, "D": 16, "W": 4}
 CPU = torch.device("cpu")
 
 
@@ -104,14 +104,14 @@ class Hidden(NamedTuple):
 
 
 class Layer(Subject):
-    """A mixer at the first, a middle and the last place of a model of three layers."""
+    """A mixer at the first, a middle and the last place of a model of three layers; `options` are its Config's."""
 
     variants = ("first", "middle", "last")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        cls = mixers.find(name)
-        self.causal = cls.causal
+    def __init__(self, name: str, options: Mapping[str, Any] | None = None) -> None:
+        self.mixer, self.options = name, options or {}
+        self.causal = mixers.find(name).causal and self.options.get("causal", True)
+        self.name = name if self.causal or "causal" not in self.options else f"{name} set"
         self.modules: dict[tuple[str, torch.dtype], nn.Module] = {}
 
     @classmethod
@@ -121,9 +121,10 @@ class Layer(Subject):
     def module(self, variant: str, dtype: torch.dtype) -> nn.Module:
         """The layer with fixed random weights, drawn in float64 and then rounded."""
         if (variant, dtype) not in self.modules:
-            cls = mixers.find(self.name)
+            cls = mixers.find(self.mixer)
             place = Place(self.variants.index(variant), len(self.variants))
-            layer = cls(cls.Config(width=SIZES["D"], heads=SIZES["H"]), place)
+            config = cls.Config(width=SIZES["D"], heads=SIZES["H"], **self.options)
+            layer = cls.build(config, place)
             for part in (layer, place.shared):
                 part.double()
                 initialize(nn.ModuleDict({"layer": part}), partial(generator, 0, self.name), 0.3)
@@ -163,7 +164,11 @@ def families() -> Iterator[Family]:
 
 
 def layers() -> Iterator[Layer]:
-    return map(Layer, mixers.names())
+    """Every mixer, and once more as one that reads a set where it can."""
+    for name in mixers.names():
+        yield Layer(name)
+        if "causal" in mixers.find(name).Config.model_fields:
+            yield Layer(name, {"causal": False})
 
 
 def find(name: str | None = None) -> list[Subject]:

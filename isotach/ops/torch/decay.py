@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from isotach.ops.backends import register
@@ -461,5 +462,5 @@ def _decay_gradient(
     read = q * (dq_in + dq_out) - k * dk_in
     if shared:
         left, read, across = left.sum(-1, True), read.sum(-1, True), across.sum(-1, True)
-    earlier = left.cumsum(2) - left
+    earlier = F.pad(left[:, :, :-1].cumsum(2), (0, 0, 1, 0))  # an inclusive sum less its own term would cancel
     return read.flip(2).cumsum(2).flip(2) + earlier + across.unsqueeze(2)

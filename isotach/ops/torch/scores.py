@@ -1,92 +1,196 @@
-"""The products inside a chunk that decay weighs: P_rs = Σ_c q_rc k_sc e^{L_rc - L_sc} for r ≥ s, and their gradients.
+"""The products inside a chunk that decay weighs: P_ij = Σ_c x_ic y_jc e^{L_ic - L_jc} for i ≥ j, and their gradients.
 
-One decay per head: the weight comes out of the sum, P = (q kᵀ) ∘ D. One per channel: it does not, and
-e^{L_r} · e^{-L_s} would overflow, so each block of rows is measured from the sum just before it: for keys of earlier
-blocks both factors are ≤ 1, and inside the block the key's factor is bounded by the block's own decay. A block that
-decays by more than e^60 forms its weights one by one.
+    MaskedScores   x and y carry their decay already (where the whole chunk decays by less than e^60): P = tril(x yᵀ)
+    HeadScores     one decay per head: it comes out of the sum, P = (x yᵀ) ∘ D
+    ChannelScores  one per channel: it does not, and e^{L_i} · e^{-L_j} would overflow over a chunk; the factors are
+                   measured from a base between j and i
+
+Rows x are s sets of a chunk's m tokens, one below the other, (N, H, s m, K), columns y are t sets; P (N, H, s m, t m)
+weighs every pair of sets alike.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from isotach.ops.torch.scratch import Buffer, Scratch
 
-BLOCK = 16  # rows measured from a common base
-SAFE = 60.0  # e^60 = 1e26 leaves products of q and k a factor of 1e12 in float32
+SAFE = 60.0  # e^60 = 1e26 leaves rows and columns a factor of 1e12 in float32
+
+
+def flushed(x: Tensor) -> Tensor:
+    """x without what is so small that products with it would be denormal: those take a hundred times as long."""
+    return torch.hardshrink(x, _smallest(x.dtype))
+
+
+def weight(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """e^exponent, flushed; exp itself is slow where it underflows."""
+    return flushed(exponent.to(dtype).clamp_min(math.log(_smallest(dtype)) - 1).exp_())
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    return 1e8 * torch.finfo(dtype).tiny
+
+
+class MaskedScores:
+    """`length`: m."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def forward(self, rows: Buffer, columns: Buffer, scores: Buffer) -> None:
+        """P into `scores`."""
+        torch.bmm(rows.flat, columns.turned, out=scores.flat)
+        _sets(scores.wide, self.length).squeeze(3).tril_()
+
+    def backward(
+        self, grad: Buffer, rows: Buffer, columns: Buffer, drows: Buffer, dcolumns: Buffer, *, strict: bool
+    ) -> None:
+        """drows, dcolumns from the gradient of P, which is overwritten; `strict` leaves out i = j."""
+        _sets(grad.wide, self.length).squeeze(3).tril_(-1 if strict else 0)
+        torch.bmm(grad.flat, columns.flat, out=drows.flat)
+        torch.bmm(grad.turned, rows.flat, out=dcolumns.flat)
 
 
 class HeadScores:
     """`running`: L (N or 1, H, m, 1) in float64."""
 
     def __init__(self, running: Tensor, scratch: Scratch) -> None:
-        gaps = (running - running.transpose(-1, -2)).to(scratch.dtype)
-        self.weights = gaps.masked_fill_(_future(gaps.shape[-1], gaps.device), -torch.inf).exp_()
-        self.strict = self.weights.tril(-1)
+        gaps = (running - running.transpose(-1, -2)).tril_()  # the future's would overflow
+        self.weights = weight(gaps, scratch.dtype).tril_()
 
-    def forward(self, q: Buffer, k: Buffer, scores: Buffer) -> None:
-        """P (N, H, m, m) into `scores`."""
-        torch.bmm(q.flat, k.turned, out=scores.flat)
-        scores.wide.mul_(self.weights)
+    def forward(self, rows: Buffer, columns: Buffer, scores: Buffer) -> None:
+        """P into `scores`."""
+        torch.bmm(rows.flat, columns.turned, out=scores.flat)
+        _weigh(scores.wide, self.weights)
 
-    def backward(self, grad: Buffer, q: Buffer, k: Buffer, dq: Buffer, dk: Buffer, *, strict: bool) -> None:
-        """dq, dk from grad = do vᵀ, which is overwritten; `strict` leaves out each token's product with itself."""
-        grad.wide.mul_(self.strict if strict else self.weights)
-        torch.bmm(grad.flat, k.flat, out=dq.flat)
-        torch.bmm(grad.turned, q.flat, out=dk.flat)
+    def backward(
+        self, grad: Buffer, rows: Buffer, columns: Buffer, drows: Buffer, dcolumns: Buffer, *, strict: bool
+    ) -> None:
+        """drows, dcolumns from the gradient of P, which is overwritten; `strict` leaves out i = j."""
+        _weigh(grad.wide, self.weights.tril(-1) if strict else self.weights)
+        torch.bmm(grad.flat, columns.flat, out=drows.flat)
+        torch.bmm(grad.turned, rows.flat, out=dcolumns.flat)
 
 
 class ChannelScores:
-    """`running`: L (N or 1, H, m, K) in float64."""
+    """`running`: L (N or 1, H, m, K) in float64.
+
+    The chunk is halved. What rows of its second half owe to columns of the first is measured from the boundary between
+    them: neither factor of e^{L_i - L_boundary} · e^{L_boundary - L_j} exceeds 1. Each half is halved again, down to
+    blocks that decay by less than e^120, which are measured from their middle; a block of one row always is such.
+    """
 
     def __init__(self, running: Tensor, scratch: Scratch) -> None:
-        self.running, self.scratch = running, scratch
-        zero = running[..., :1, :] * 0
-        starts = range(0, running.shape[-2], BLOCK)
-        self.bases = [running[..., a - 1 : a, :] if a else zero for a in starts]
-        ends = [running[..., min(a + BLOCK, running.shape[-2]) - 1, None, :] for a in starts]
-        self.safe = all(float((base - end).max()) < SAFE for base, end in zip(self.bases, ends, strict=True))
+        self.length = running.shape[2]
+        self.full = 1 << (self.length - 1).bit_length()
+        if self.full > self.length:
+            running = torch.cat([running, running[:, :, -1:].expand(-1, -1, self.full - self.length, -1)], 2)
+        size = self.full
+        while _spread(running, size) >= SAFE:
+            size //= 2
 
-    def forward(self, q: Buffer, k: Buffer, scores: Buffer) -> None:
-        """P (N, H, m, m) into `scores`."""
-        out = scores.wide.zero_()
-        for a, b, stop, rows, keys in self._blocks():
-            now, past = q.wide[..., a:b, :], k.wide[..., :stop, :]
-            out[..., a:b, :stop] = (now * rows) @ (past * keys).transpose(-1, -2)
-            if not self.safe:
-                out[..., a:b, a:b] = torch.einsum(
-                    "nhrc,nhsc,nhrsc->nhrs", now, k.wide[..., a:b, :], self._weights(a, b)
-                )
+        def fade(exponent: Tensor) -> Tensor:
+            return weight(exponent, scratch.dtype).unsqueeze(3)
+
+        whole, block = slice(0, size), running.unflatten(2, (-1, size))
+        base = block[..., size // 2, None, :]
+        self.parts = [_Part(size, whole, whole, fade(block - base), fade(base - block))]
+        while size < self.full:
+            first, second = running.unflatten(2, (-1, 2 * size)).split(size, 3)
+            base = first[..., -1:, :]
+            halves = slice(size, 2 * size), slice(0, size)
+            self.parts.append(_Part(2 * size, *halves, fade(second - base), fade(base - first)))
+            size *= 2
+
+    def forward(self, rows: Buffer, columns: Buffer, scores: Buffer) -> None:
+        """P into `scores`."""
+        x, y, p = self._padded(rows.wide), self._padded(columns.wide), _sets(scores.wide, self.length)
+        out = p if self.full == self.length else p.new_empty(*p.shape[:4], self.full, self.full)
+        out.zero_()
+        for part in self.parts:
+            part.region(out).copy_(part.unfold(part.left(x) @ part.right(y).mT, x.shape[2]))
         out.tril_()
+        if out is not p:
+            p.copy_(out[..., : self.length, : self.length])
 
-    def backward(self, grad: Buffer, q: Buffer, k: Buffer, dq: Buffer, dk: Buffer, *, strict: bool) -> None:
-        """dq, dk from grad = do vᵀ, which is overwritten; `strict` leaves out each token's product with itself."""
-        grad.wide.tril_(-1 if strict else 0)
-        dk.wide.zero_()
-        for a, b, stop, rows, keys in self._blocks():
-            now, block = q.wide[..., a:b, :], grad.wide[..., a:b, :stop]
-            dq_now, dk_now = dq.wide[..., a:b, :], dk.wide[..., a:b, :]
-            torch.mul(block @ (k.wide[..., :stop, :] * keys), rows, out=dq_now)
-            dk.wide[..., :stop, :].addcmul_(block.transpose(-1, -2) @ (now * rows), keys)
-            if not self.safe:
-                weights = self._weights(a, b) * grad.wide[..., a:b, a:b, None]
-                dq_now += torch.einsum("nhrsc,nhsc->nhrc", weights, k.wide[..., a:b, :])
-                dk_now += torch.einsum("nhrsc,nhrc->nhsc", weights, now)
+    def backward(
+        self, grad: Buffer, rows: Buffer, columns: Buffer, drows: Buffer, dcolumns: Buffer, *, strict: bool
+    ) -> None:
+        """drows, dcolumns from the gradient of P, which is overwritten; `strict` leaves out i = j."""
+        x, y, g = self._padded(rows.wide), self._padded(columns.wide), _sets(grad.wide, self.length)
+        g.tril_(-1 if strict else 0)
+        spare = self.full - self.length
+        g = F.pad(g, (0, spare, 0, spare)) if spare else g
+        dx, dy = self._padded(drows.wide.zero_()), self._padded(dcolumns.wide.zero_())
+        for part in self.parts:
+            block = part.fold(part.region(g))
+            part.rows_of(dx).addcmul_((block @ part.right(y)).unflatten(3, (x.shape[2], -1)), part.row_fade)
+            part.columns_of(dy).addcmul_((block.mT @ part.left(x)).unflatten(3, (y.shape[2], -1)), part.column_fade)
+        if spare:
+            for target, padded in ((drows, dx), (dcolumns, dy)):
+                target.wide.unflatten(2, (-1, self.length)).copy_(padded[..., : self.length, :])
 
-    def _blocks(self):  # type: ignore[no-untyped-def]
-        """(a, b, stop, e^{L_r - base} of rows a..b, e^{base - L_s} of keys ..stop); stop = b where that is safe."""
-        m = self.running.shape[-2]
-        for base, a in zip(self.bases, range(0, m, BLOCK), strict=True):
-            b = min(a + BLOCK, m)
-            stop = b if self.safe else a
-            rows = (self.running[..., a:b, :] - base).to(self.scratch.dtype).exp_()
-            keys = (base - self.running[..., :stop, :]).to(self.scratch.dtype).exp_()
-            yield a, b, stop, rows, keys
-
-    def _weights(self, a: int, b: int) -> Tensor:
-        part = self.running[..., a:b, :]
-        gaps = (part.unsqueeze(-2) - part.unsqueeze(-3)).to(self.scratch.dtype)
-        return gaps.masked_fill_(_future(b - a, gaps.device).unsqueeze(-1), -torch.inf).exp_()
+    def _padded(self, x: Tensor) -> Tensor:
+        """(N, H, s m, K) as (N, H, s, full, K)."""
+        x = x.unflatten(2, (-1, self.length))
+        return F.pad(x, (0, 0, 0, self.full - self.length)) if self.full > self.length else x
 
 
-def _future(m: int, device: torch.device) -> Tensor:
-    return torch.ones(m, m, dtype=torch.bool, device=device).triu(1)
+class _Part(NamedTuple):
+    """Every block of so many tokens: its `rows` against its `columns`, and by what (N or 1, H, blocks, 1, ·, K)."""
+
+    block: int
+    rows: slice
+    columns: slice
+    row_fade: Tensor
+    column_fade: Tensor
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """(N, H, s, full, K) as (N, H, blocks, s, rows, K)."""
+        return x.unflatten(3, (-1, self.block)).transpose(2, 3)[..., self.rows, :]
+
+    def columns_of(self, y: Tensor) -> Tensor:
+        return y.unflatten(3, (-1, self.block)).transpose(2, 3)[..., self.columns, :]
+
+    def left(self, x: Tensor) -> Tensor:
+        """(N, H, blocks, s rows, K)."""
+        x = self.rows_of(x)
+        return torch.mul(x, self.row_fade, out=x.new_empty(x.shape)).flatten(3, 4)
+
+    def right(self, y: Tensor) -> Tensor:
+        y = self.columns_of(y)
+        return torch.mul(y, self.column_fade, out=y.new_empty(y.shape)).flatten(3, 4)
+
+    def region(self, p: Tensor) -> Tensor:
+        """(N, H, s, t, full, full) as (N, H, blocks, s, t, rows, columns)."""
+        p = p.unflatten(5, (-1, self.block)).unflatten(4, (-1, self.block)).diagonal(dim1=4, dim2=6)
+        return p.movedim(-1, 2)[..., self.rows, self.columns]
+
+    @staticmethod
+    def fold(region: Tensor) -> Tensor:
+        """(N, H, blocks, s, t, rows, columns) as matrices (N, H, blocks, s rows, t columns)."""
+        return region.transpose(4, 5).flatten(5, 6).flatten(3, 4)
+
+    def unfold(self, products: Tensor, sets: int) -> Tensor:
+        columns = self.columns.stop - self.columns.start
+        return products.unflatten(4, (-1, columns)).unflatten(3, (sets, -1)).transpose(4, 5)
+
+
+def _spread(running: Tensor, size: int) -> float:
+    """The largest exponent that blocks of `size` rows need, measured from their middle."""
+    block = running.unflatten(2, (-1, size))
+    base = block[..., size // 2, :]
+    return float(torch.maximum(block[..., 0, :] - base, base - block[..., -1, :]).max())
+
+
+def _sets(scores: Tensor, m: int) -> Tensor:
+    """(N, H, s m, t m) as (N, H, s, t, m, m)."""
+    return scores.unflatten(3, (-1, m)).unflatten(2, (-1, m)).transpose(3, 4)
+
+
+def _weigh(scores: Tensor, weights: Tensor) -> None:
+    _sets(scores, weights.shape[-1]).mul_(weights[:, :, None, None])

@@ -1,0 +1,140 @@
+"""isotach convert RUN OUT: the tnn layers of a model get a constant state."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from isotach.models.decoder import Decoder
+
+REACH = 4  # what happens behind the exact lags is told up to so many times as far
+
+
+class To(StrEnum):
+    etsc = "etsc"
+    published = "published"
+    ring = "ring"
+
+
+def convert(
+    run: Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint), RUN/best, or a checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to write; it must not exist yet.")],
+    lags: Annotated[
+        int | None, typer.Option(min=1, help="Distances that stay exact; left out, the tokens of a training row.")
+    ] = None,
+    to: Annotated[
+        To, typer.Option(help="A diagonal state; the same as its paper closes it; or a ring buffer of inputs.")
+    ] = To.etsc,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Give the tnn layers of a model a state of constant size; print how exact all forms are and what they cost."""
+    from isotach import config
+    from isotach.errors import UserError
+    from isotach.infer.open import open_checkpoint
+    from isotach.models.convert import converted
+    from isotach.train.checkpoint import resolve
+
+    if out.exists():
+        raise UserError(f"{out}: expected the name of a new folder, got one that is taken; choose another")
+    source = resolve(run)
+    before, _ = open_checkpoint(source, device="cpu")
+    lags = lags or config.read(source / "config.toml").get("train", {}).get("seq_len")
+    if lags is None:
+        raise UserError(f"{source}: expected train.seq_len in config.toml, found none; give --lags")
+    forms = {form.value: converted(before, form.value, lags=lags) for form in To}
+    _write(source, out, forms[to], {"from": str(source), "to": to.value, "lags": lags})
+    report = _measured(before, forms, lags)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        _show(report)
+        print(f"{out}: {to.value}, exact for {lags} lags")
+
+
+def _write(source: Path, out: Path, model: "Decoder", conversion: dict[str, Any]) -> None:
+    """A complete checkpoint folder, or none."""
+    import os
+    import secrets
+    import shutil
+
+    import tomli_w
+
+    from isotach import config
+    from isotach.train.checkpoint import TRAINING, explained, seal, verify
+
+    recipe = config.read(source / "config.toml")
+    recipe["model"] = model.config.model_dump(mode="json", exclude_none=True)
+    training = {"step": verify(source)["step"], "converted": conversion}
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    with explained(out):
+        try:
+            temporary.mkdir(parents=True)
+            (temporary / "config.toml").write_text(tomli_w.dumps(recipe), encoding="utf-8")
+            (temporary / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
+            shutil.copy(source / "tokenizer.json", temporary)
+            model.save(temporary)
+            seal(temporary)
+            os.rename(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _measured(before: "Decoder", forms: dict[str, "Decoder"], lags: int) -> dict[str, Any]:
+    """What every form answers and costs: errors of each kernel, of the whole model, bytes and seconds per token."""
+    import torch
+
+    from isotach.models.convert import costs, kernel_errors, log_probability_differences, tnn_layers
+
+    reach, layers = REACH * lags, tnn_layers(before)
+    measured = [("tnn", lags, before), ("tnn", reach, before), *((name, reach, forms[name]) for name in forms)]
+    first: list[Any] = [model.blocks[min(layers)].mixer for _, _, model in measured]  # layers of a model cost the same
+    rows: list[dict[str, Any]] = []
+    for (name, context, _), cost in zip(measured, costs(first, [context for _, context, _ in measured]), strict=True):
+        whole = {"state_bytes": len(layers) * cost.state_bytes, "seconds": len(layers) * cost.seconds}
+        rows.append({"form": name, "tokens": context} | whole)
+    tokens = torch.randint(before.config.vocab, (1, reach), generator=torch.Generator().manual_seed(0))
+    nats = log_probability_differences(before, list(forms.values()), tokens)
+    for row, own, model in zip(rows[2:], nats, forms.values(), strict=True):
+        row |= {"nats_within": float(own[:lags].max()), "nats_beyond": float(own[lags:].max()), "layers": []}
+        for i, layer in layers.items():
+            other: Any = model.blocks[i].mixer
+            within, beyond = kernel_errors(layer, other, lags=lags, reach=reach)
+            row["layers"].append({"layer": i, "within": within._asdict(), "beyond": beyond._asdict()})
+    return {"lags": lags, "reach": reach, "forms": rows}
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    lags, reach, rows = report["lags"], report["reach"], report["forms"]
+    near, far = f"lags 0..{lags - 1}", f"lags {lags}..{reach - 1}"
+    errors = Table("form", "layer", f"kernel error, {near}", far, f"nats, tokens 0..{lags - 1}", f"{lags}..{reach - 1}")
+    costs = Table("form", "tokens", "state", "ms / token")
+    for row in rows:
+        costs.add_row(
+            row["form"], f"{row['tokens']:,}", f"{row['state_bytes'] / 2**20:,.3f} MiB", f"{row['seconds'] * 1e3:.3f}"
+        )
+        for layer in row.get("layers", ()):
+            parts = (f"{part['largest']:.1e} ({part['relative']:.1e})" for part in (layer["within"], layer["beyond"]))
+            first = layer is row["layers"][0]
+            whole = (f"{row[key]:.1e}" if first else "" for key in ("nats_within", "nats_beyond"))
+            errors.add_row(row["form"] if first else "", str(layer["layer"]), *parts, *whole)
+    console = Console()
+    console = Console(width=max(console.width, 110))
+    console.print(errors)
+    console.print(
+        "Kernel errors: the largest (the norm of all, over the kernel's), in float32, near ones step by step."
+    )
+    console.print("Nats: the largest difference from tnn of any log-probability, over random tokens.")
+    console.print(costs)
+    console.print("Of one sequence in all tnn layers together, projections left out.")
+    rotated, ring = (next(row for row in rows if row["form"] == name) for name in ("etsc", "ring"))
+    ratio = rotated["seconds"] / ring["seconds"]
+    console.print(
+        f"Per token etsc takes {ratio:.2f} times as long as the ring buffer here, in "
+        f"{rotated['state_bytes'] / ring['state_bytes']:.2f} times the memory."
+    )

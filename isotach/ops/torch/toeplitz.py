@@ -1,0 +1,263 @@
+"""Causal convolution by halves: what the first half of a stretch adds to the second goes through one Fourier transform.
+
+    tokens        |---- m ----|---- m ----|---- m ----|---- m ----|   of a document, m = 64, 128, 256, ...
+    transforms     sources --> targets     sources --> targets        of length 2m, lags 1 .. 2m - 1, no wrapping
+    lags 0..63    |*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|   a triangular matrix per channel and block
+
+One transform over everything would need fewer operations, but it mixes all tokens: later ones would change earlier
+outputs by rounding, which grows with the largest of them. By halves no output is touched by a later token at all, and
+channels are processed in groups whose buffers stay in cache. Equal halves of all documents are one batch; an earlier
+past is laid before its document. With M the spectrum of the kernel, X of sources and G of gradients at targets:
+
+    o = irfft(M X)        dx = irfft(M* G)        dkernel = irfft(Σ X* G)
+
+The backward transforms the inputs again instead of keeping spectra, twice as large as they.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from isotach.ops.backends import register
+from isotach.ops.recurrence import state_dtype
+from isotach.ops.toeplitz import Toeplitz
+
+# Measured: docs/log.md.
+NEAR = 64  # lags that are a matrix product
+BLOCK_ELEMENTS = 1 << 18  # inputs of the channels that are processed together ...
+LINE = 16  # ... which are whole cache lines
+
+
+@register(Toeplitz, "torch")
+def toeplitz(
+    rec: Toeplitz, x: Toeplitz.Inputs, s: Toeplitz.State, cu_seqlens: Tensor | None, chunk_size: int | None
+) -> tuple[Tensor, Toeplitz.State]:
+    """chunk_size has no meaning here."""
+    past = rec.recent(s)
+    output = convolution(x.v.flatten(2), rec.taps(x).flatten(1), past.flatten(2), cu_seqlens).view(x.v.shape)
+    if cu_seqlens is None:
+        return output, rec.apply(rec.summarize(x), s)
+    return output, _after(rec, x.v[0], past, s.length, cu_seqlens)
+
+
+def _after(rec: Toeplitz, v: Tensor, past: Tensor, before: Tensor, cu_seqlens: Tensor) -> Toeplitz.State:
+    """The states of a pack: row n holds what is left of document n's past and then its tokens, to the buffer's end."""
+    lengths, kept = cu_seqlens.diff(), past.shape[1]
+    size = kept + int(lengths.max())
+    size = min(size, rec.window or size)
+    place = lengths[:, None] - torch.arange(size, 0, -1, device=v.device)  # in the document; negative in its past
+    number = torch.arange(len(lengths), device=v.device)[:, None]
+    index = torch.where(place < 0, len(v) + (number + 1) * kept + place, cu_seqlens[:-1, None] + place)
+    index = index.masked_fill(place < -kept, len(v) + len(lengths) * kept)
+    source = torch.cat([v, past.flatten(0, 1).to(v.dtype), torch.zeros_like(v[:1])])
+    after, stop = before + lengths, torch.full_like(lengths, size)
+    return Toeplitz.State(source[index], stop, after.clamp_max(rec.window) if rec.window else after, stop.clone())
+
+
+@torch.library.custom_op("isotach::toeplitz", mutates_args=())
+def convolution(v: Tensor, kernel: Tensor, past: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """v (B, T, C), kernel (L, C), past (N, S, C), all the oldest first -> (B, T, C)."""
+    output = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    layout = _layout(v, kernel, past, cu_seqlens)
+    for own in layout.channels(v.shape[2]):
+        x, taps = layout.load(v, past, own), layout.taps(kernel, own)
+        y = torch.bmm(x, _triangles(taps))
+        for level in layout.levels:
+            spectrum = torch.fft.rfft(taps[:, None, : 2 * level.size])
+            added = torch.fft.irfft(torch.fft.rfft(level.take(x, level.sources)).mul_(spectrum))
+            level.add(y, level.targets, added)
+        layout.store(output, y, own)
+    return output
+
+
+@convolution.register_fake
+def _(v, kernel, past, cu_seqlens):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("isotach::toeplitz_backward", mutates_args=())
+def _backward(
+    grad: Tensor, v: Tensor, kernel: Tensor, past: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of v, kernel and past."""
+    dv, dpast = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (v, past))
+    dkernel = torch.zeros(kernel.shape, dtype=kernel.dtype, device=kernel.device)
+    layout = _layout(v, kernel, past, cu_seqlens)
+    nothing = past[:, :0]
+    for own in layout.channels(v.shape[2]):
+        x, g, taps = layout.load(v, past, own), layout.load(grad, nothing, own), layout.taps(kernel, own)
+        dx, dtaps = torch.bmm(g, _triangles(taps).transpose(1, 2)), torch.zeros_like(taps)
+        dtaps[:, :NEAR] = _diagonals(torch.bmm(x.transpose(1, 2), g))
+        for level in layout.levels:
+            later = torch.fft.rfft(level.take(g, level.targets))
+            correlated = torch.fft.rfft(level.take(x, level.sources)).conj().mul(later).sum(1)
+            dtaps[:, 1 : 2 * level.size] += torch.fft.irfft(correlated)[:, 1:]
+            spectrum = torch.fft.rfft(taps[:, None, : 2 * level.size])
+            level.add(dx, level.sources, torch.fft.irfft(later.mul_(spectrum.conj())))
+        layout.store(dv, dx, own)
+        layout.store_past(dpast, dx, own)
+        lags = min(len(kernel), dtaps.shape[1])
+        dkernel[len(kernel) - lags :, own] = dtaps[:, :lags].t().flip(0)
+    return dv, dkernel, dpast
+
+
+@_backward.register_fake
+def _(grad, v, kernel, past, cu_seqlens):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape), kernel.new_empty(kernel.shape), past.new_empty(past.shape)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+    return (*_backward(grad, *ctx.saved_tensors), None)
+
+
+def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "toeplitz: the torch backend has no second derivative; got a backward through its backward; "
+        "use backend='reference' for gradients of gradients"
+    )
+
+
+convolution.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """Pairs of stretches of `size` tokens, as block numbers: the spare block stands in for the other half of each."""
+
+    size: int
+    sources: Tensor  # (pairs * 2 * size / NEAR,): per pair its source, then the spare block
+    targets: Tensor  # likewise: the spare block, then its target
+
+    def take(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """(C, pairs, 2 size) of x (C, blocks, NEAR)."""
+        return x.index_select(1, blocks).view(len(x), -1, 2 * self.size)
+
+    def add(self, y: Tensor, blocks: Tensor, value: Tensor) -> None:
+        y.index_add_(1, blocks, value.view(len(y), -1, NEAR))
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Documents channel by channel, (C, blocks, NEAR): each one's past and tokens, begun on a block of its own.
+
+    The last block is spare, zero in what is loaded and never stored; targets behind a document's end are there too.
+    """
+
+    blocks: int
+    ahead: int  # places from a document's begin to its first token
+    even: tuple[int, int] | None  # places and tokens of a document, where all are alike
+    tokens: Tensor  # (B T,) where each token is laid
+    past: Tensor  # (N S,) where each earlier input is
+    levels: tuple[_Level, ...]
+
+    def channels(self, width: int) -> list[slice]:
+        """Groups of channels whose buffers stay in cache."""
+        size = max(1, BLOCK_ELEMENTS // (self.blocks * NEAR * LINE)) * LINE
+        return [slice(i, min(i + size, width)) for i in range(0, width, size)]
+
+    def load(self, v: Tensor, past: Tensor, own: slice) -> Tensor:
+        # Rows first and then turned: a turned copy of a slice takes three times as long.
+        rows = v.new_zeros(self.blocks * NEAR, v[..., own].shape[2], dtype=state_dtype(v))
+        if self.even is None:
+            rows.index_copy_(0, self.tokens, v[0, :, own].to(rows.dtype))
+        else:
+            self._inside(rows, self.even).copy_(v[..., own].reshape(-1, self.even[1], rows.shape[1]))
+        if past.shape[1]:
+            rows.index_copy_(0, self.past, past[..., own].flatten(0, 1).to(rows.dtype))
+        return rows.t().contiguous().view(-1, self.blocks, NEAR)
+
+    def store(self, v: Tensor, y: Tensor, own: slice) -> None:
+        rows = y.flatten(1).t().contiguous()
+        if self.even is None:
+            v[0, :, own] = rows[self.tokens]
+        else:
+            v.view(-1, self.even[1], v.shape[2])[..., own] = self._inside(rows, self.even)
+
+    def store_past(self, past: Tensor, y: Tensor, own: slice) -> None:
+        past[..., own] = y.flatten(1).t()[self.past].view(*past.shape[:2], len(y))
+
+    def _inside(self, rows: Tensor, even: tuple[int, int]) -> Tensor:
+        """The tokens of even documents (N, T, C) among their places (N P, C) and the spare block's."""
+        places, time = even
+        return rows[:-NEAR].view(-1, places, rows.shape[1])[:, self.ahead : self.ahead + time]
+
+    def taps(self, kernel: Tensor, own: slice) -> Tensor:
+        """The kernel channel by channel and by lag, (C, lags), zero behind its end."""
+        reach = max([NEAR, *(2 * level.size for level in self.levels)])
+        kernel = kernel[-reach:, own].flip(0)
+        rows = kernel.new_zeros(reach, kernel.shape[1], dtype=state_dtype(kernel))
+        rows[: len(kernel)] = kernel
+        return rows.t().contiguous()
+
+
+def _triangles(taps: Tensor) -> Tensor:
+    """(C, NEAR, NEAR): what block input j adds to block output i is taps[i - j]."""
+    return F.pad(taps[:, :NEAR], (NEAR - 1, 0)).unfold(1, NEAR, 1).flip(1)
+
+
+def _diagonals(product: Tensor) -> Tensor:
+    """The sums over i - j = 0, 1, ... of (C, NEAR, NEAR): what `_triangles` takes from."""
+    rows = F.pad(product.flip(1), (0, NEAR)).flatten(1)
+    return rows[:, :-NEAR].view(len(rows), NEAR, 2 * NEAR - 1).sum(1)[:, NEAR - 1 :]
+
+
+def _layout(v: Tensor, kernel: Tensor, past: Tensor, cu_seqlens: Tensor | None) -> _Layout:
+    batch, time = v.shape[:2]
+    bounds = range(0, (batch + 1) * time, time) if cu_seqlens is None else cu_seqlens.tolist()
+    return _plan(tuple(bounds), past.shape[1], len(kernel), v.device)
+
+
+@lru_cache(maxsize=64)
+def _plan(bounds: tuple[int, ...], past: int, lags: int, device: torch.device) -> _Layout:
+    """Lay out documents bounds[n]..bounds[n+1], each after `past` earlier inputs, for a kernel of so many lags."""
+
+    def tensor(values: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    edges = np.asarray(bounds, np.int64)
+    lengths = np.diff(edges)
+    ahead = -(-past // NEAR) * NEAR  # the past ends where a block ends
+    ends = ahead + lengths
+    counts = -(-ends // NEAR)
+    first = np.cumsum(counts) - counts
+    blocks = int(counts.sum()) + 1
+    tokens = np.arange(edges[-1]) + np.repeat(first * NEAR + ahead - edges[:-1], lengths)
+    before = (first * NEAR + ahead - past)[:, None] + np.arange(past)
+    even = (int(counts[0]) * NEAR, int(lengths[0])) if len(set(lengths.tolist())) == 1 else None
+
+    farthest = NEAR  # beyond it stretches would only hold inputs out of the kernel's reach
+    while farthest < lags - 1:
+        farthest *= 2
+    pairs: dict[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = {}
+    half = NEAR
+    while lags > 1 and half < int(ends.max(initial=0)):
+        size = min(half, farthest)
+        begin = max(0, -(-(ahead - size + 1 - half) // (2 * half)))  # targets that end in the past are of no use
+        number = np.maximum(0, -(-(ends - half) // (2 * half)) - begin)
+        document = np.repeat(np.arange(len(ends)), number)
+        rank = np.arange(len(document)) - np.repeat(np.cumsum(number) - number, number) + begin
+        middle = (2 * rank + 1) * (half // NEAR)  # the block of its document where a target begins
+        within = np.arange(size // NEAR)
+        target = middle[:, None] + within
+        source = first[document, None] + target - size // NEAR
+        target = np.where(target < counts[document, None], first[document, None] + target, blocks - 1)
+        spare = np.full_like(target, blocks - 1)
+        sides = (np.concatenate([source, spare], 1), np.concatenate([spare, target], 1))
+        pairs.setdefault(size, []).append(sides)
+        half *= 2
+    levels = []
+    for size, parts in pairs.items():
+        sources, targets = (tensor(np.concatenate(side).reshape(-1)) for side in zip(*parts, strict=True))
+        if len(sources):
+            levels.append(_Level(size, sources, targets))
+    return _Layout(blocks, ahead, even, tensor(tokens), tensor(before.reshape(-1)), tuple(levels))

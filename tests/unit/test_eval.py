@@ -1,0 +1,144 @@
+"""Recall sequences mean what they say, context is the only thing that grows, and a table goes on where it stopped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from isotach.config import parse
+from isotach.errors import UserError
+from isotach.eval import table as tables
+from isotach.eval.perplexity import by_context
+from isotach.eval.recall import IGNORED, RecallConfig, examples, train_recall
+from isotach.eval.table import TableConfig
+from isotach.models.decoder import Decoder, ModelConfig
+from isotach.rng import generator
+
+TINY = {"vocab": 257, "width": 16, "depth": 1, "heads": 2}
+
+
+def model(**shape: object) -> Decoder:
+    return Decoder(ModelConfig.model_validate({**TINY, "hidden": 16, **shape}))
+
+
+def test_every_question_is_answered_by_its_own_pair() -> None:
+    config = RecallConfig(pairs=5, length=64, vocab=40)
+    tokens, targets = examples(config, 50, generator(0, "examples"))
+    assert tokens.shape == targets.shape == (50, 64)
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        pairs = dict(zip(row[0:10:2], row[1:10:2], strict=True))
+        assert len(pairs) == 5
+        assert max(pairs) < 20 <= min(pairs.values())
+        asked = [t for t, target in enumerate(wanted) if target != IGNORED]
+        assert min(asked) >= 10
+        assert sorted(row[t] for t in asked) == sorted(pairs)
+        assert all(wanted[t] == pairs[row[t]] for t in asked)
+
+
+def test_questions_come_soon_after_the_pairs() -> None:
+    """Gaps follow power · gap^(power - 1), drawn without replacement: nearly 1 / gap for a small power."""
+    config = RecallConfig(pairs=1, length=202, vocab=40)
+    _, targets = examples(config, 20_000, generator(0, "gaps"))
+    gap = ((targets != IGNORED).int().argmax(1) - 2) // 2 + 1
+    expected = torch.arange(1, 101).double() ** (config.power - 1)
+    shares = torch.bincount(gap, minlength=101)[1:].double() / len(gap)
+    torch.testing.assert_close(shares[:5], (expected / expected.sum())[:5], atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"pairs": 20}, "20 pairs need a length of 80"), ({"pairs": 10, "vocab": 16}, "need a vocabulary of 20")],
+)
+def test_pairs_that_do_not_fit_are_refused(options: dict[str, int], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        examples(RecallConfig(**options), 1, generator(0, "x"))
+
+
+def test_softmax_learns_to_recall() -> None:
+    decoder = model(vocab=32, width=32, depth=2, hidden=64, pattern=("softmax",))
+    task = RecallConfig(pairs=2, length=16, vocab=32, steps=500, rows=64, lr=1e-2, warmup=20)
+    assert train_recall(decoder, task, tests=256).accuracy > 0.9
+
+
+@torch.no_grad()
+def test_scored_tokens_are_the_same_at_every_context() -> None:
+    decoder = model(pattern=("softmax",))
+    ids = np.random.default_rng(0).integers(0, 256, 400)
+    losses = by_context(decoder, ids, [16, 64], windows=7, scored=16)
+    ends = np.linspace(64, 399, 7).astype(int)
+    for context, loss in losses.items():
+        nats = []
+        for end in ends:
+            logits, _ = decoder(torch.from_numpy(ids[None, end - context : end]))
+            nats.append(F.cross_entropy(logits[0, -16:], torch.from_numpy(ids[end - 15 : end + 1])))
+        assert loss == pytest.approx(float(torch.stack(nats).mean()), rel=1e-5)
+
+
+def test_a_model_without_memory_gains_nothing_from_context() -> None:
+    """One layer, attention in blocks of one token would be such a model; a decay of e^-20 per token is close."""
+    decoder = model(pattern=("lightning",), lightning={"lrpe": "none"})
+    decoder.blocks[0].mixer.log_decay.fill_(-40.0)
+    ids = np.random.default_rng(0).integers(0, 256, 400)
+    losses = by_context(decoder, ids, [16, 128], windows=5, scored=8)
+    assert losses[16] == pytest.approx(losses[128], rel=1e-6)
+
+
+def table(tmp_path: Path) -> TableConfig:
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 200)
+    return parse(
+        TableConfig,
+        {
+            "mixers": {"lightning": {"lrpe": "all"}, "softmax": {}},
+            "full": ["lightning"],
+            "seeds": [0, 1],
+            "recall": {"pairs": [1, 2], "widths": [16], "task": {"length": 16, "vocab": 16, "steps": 3, "rows": 4}},
+            "text": {
+                "parameters": 8000,
+                "model": TINY,
+                "train": {"steps": 2, "batch_tokens": 64, "seq_len": 32, "valid_tokens": 64, "decay": 0.0},
+                "contexts": [1, 2],
+                "windows": 3,
+            },
+            "data": {"hamlet": {"train": str(text), "valid_fraction": 0.2, "cache": str(tmp_path / "cache")}},
+        },
+        who="test",
+    )
+
+
+def test_models_of_a_table_have_equal_parameters(tmp_path: Path) -> None:
+    counts = {
+        name: Decoder(tables.text_model(table(tmp_path), name)).parameter_count() for name in ("lightning", "softmax")
+    }
+    assert max(abs(count - 8000) for count in counts.values()) <= 4 * 3 * 16
+
+
+def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    config, folder = table(tmp_path), tmp_path / "table"
+    first = []
+    for cell, _ in tables.make(config, folder):
+        first.append(cell)
+        if len(first) == 4:
+            break
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json") if "runs" not in path.parts}
+    assert len(before) == 4
+    results = dict(tables.make(config, folder))
+    assert set(results) == set(tables.cells(config))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    rows = tables.rows(config, results)
+    assert [row["mixer"] for row in rows] == ["lightning", "softmax"]
+    assert rows[0]["recall 1 pairs, width 16"] is not None
+    assert {"hamlet loss", "hamlet loss at 32", "hamlet loss at 64", "decode_ms_per_token"} <= set(rows[1])
+    assert tables.markdown(rows).count("\n") == 4
+    saved = json.loads((folder / tables.Cell("text", "softmax", "hamlet", 0).file).read_text())
+    assert saved["valid_loss"] == pytest.approx(rows[1]["hamlet loss"])
+
+
+def test_a_budget_below_the_mixer_is_refused(tmp_path: Path) -> None:
+    small = table(tmp_path)
+    small = small.model_copy(update={"text": small.text.model_copy(update={"parameters": 1000})})
+    with pytest.raises(UserError, match=r"lightning alone has [\d,]+ parameters, over the budget of 1,000"):
+        tables.check(small)
