@@ -237,7 +237,7 @@ def _convolution(shape: Shape, device: torch.device) -> Contender:
     """The same causal filter as a grouped convolution."""
 
     def forward(v: Tensor, kernel: Tensor) -> Tensor:
-        taps = kernel.flatten(1).t().flip(1).unsqueeze(1)
+        taps = kernel.flatten(1).t().unsqueeze(1)
         padded = F.pad(v.flatten(2).transpose(1, 2), (len(kernel) - 1, 0))
         return F.conv1d(padded, taps, groups=len(taps)).transpose(1, 2).view(v.shape)
 
@@ -247,7 +247,7 @@ def _convolution(shape: Shape, device: torch.device) -> Contender:
 def _toeplitz_inputs(shape: Shape, device: torch.device) -> Toeplitz.Inputs:
     channels = CHANNELS if shape.tokens > SMALL.tokens else 2 * shape.width
     v = _drawn("v", shape.batch, shape.tokens, 1, channels, device=device)
-    lags = torch.arange(shape.tokens, device=device)[:, None, None]
+    lags = torch.arange(shape.tokens, device=device).flip(0)[:, None, None]
     kernel = _drawn("kernel", shape.tokens, 1, channels, device=device).detach() * 0.99**lags
     return Toeplitz.Inputs(v, kernel.requires_grad_())
 

@@ -54,7 +54,7 @@ def test_rwkv7_gives_the_reference_logits(tiny: Path, expected: Tensor, dtype: t
 @torch.no_grad()
 def test_rwkv7_is_one_model_in_all_forms(tiny: Path, tmp_path: Path) -> None:
     decoder = rwkv.load(tiny).double()
-    tokens = torch.randint(256, (1, 100), generator=generator(0, "tokens"))
+    tokens = torch.randint(256, (1, 40), generator=generator(0, "tokens"))
     results = forms(decoder, tokens)
     for form in ("parts", "steps"):
         torch.testing.assert_close(results[form], results["whole"], rtol=1e-9, atol=1e-9, msg=form)
@@ -65,14 +65,15 @@ def test_rwkv7_is_one_model_in_all_forms(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_half_precision_files_are_read(tiny: Path, tmp_path: Path) -> None:
-    """Matrices in float16, as rwkv.cpp writes them; its test allows the sum of the differences to be 0.0058."""
+    """Matrices in float16, as rwkv.cpp writes them."""
     header, tensors = parts(tiny.read_bytes())
     halved = [(name, shape, 1, data.astype("<f2")) if len(shape) == 2 else (name, shape, 0, data)
               for name, shape, _, data in tensors]  # fmt: skip
     path = tmp_path / "half.bin"
     path.write_bytes(joined(header, halved))
-    for name, weight in rwkv.load(path).state_dict().items():
-        torch.testing.assert_close(weight, rwkv.load(tiny).state_dict()[name], rtol=1e-3, atol=1e-7)
+    exact, rounded = rwkv.load(tiny).state_dict(), rwkv.load(path).state_dict()
+    for name, weight in exact.items():
+        torch.testing.assert_close(rounded[name], weight, rtol=1e-3, atol=1e-7)
 
 
 def test_damaged_and_foreign_files_are_refused(tiny: Path, tmp_path: Path) -> None:

@@ -365,6 +365,30 @@ def test_the_front_is_made_of_what_was_scored(text: Path, tmp_path: Path) -> Non
         assert point.cost == Decoder(patterned(net.config, point.pattern)).flops_per_token(1024)
 
 
+def test_scores_are_kept_while_the_weights_are_the_same(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, options = tmp_path / "run", recipe(text)
+    found = search(options, run)
+    chosen: list[Pattern] = []
+
+    def noted(net: Decoder, pattern: Pattern) -> None:
+        chosen.append(pattern)
+        choose(net, pattern)
+
+    monkeypatch.setattr("isotach.search.run.choose", noted)
+    search(options, run, resume=True)
+    assert chosen == []
+    longer = search(
+        options.model_copy(update={"train": options.train.model_copy(update={"steps": 7})}), run, resume=True
+    )
+    assert chosen[0] == draw(CHOICES, 2, generator(0, "pattern", 6))
+    assert len(chosen) == 1 + options.search.probes + longer.scored
+    assert {point.pattern: point.loss for point in longer.uniform} != {
+        point.pattern: point.loss for point in found.uniform
+    }
+
+
 def test_training_ends_when_the_ranking_settles(text: Path, tmp_path: Path) -> None:
     options = recipe(text, patience=1)
     options = options.model_copy(update={"train": options.train.model_copy(update={"steps": 40})})

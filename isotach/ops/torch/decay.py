@@ -40,7 +40,7 @@ from isotach.ops.chunks import Block
 from isotach.ops.decay import Decay
 from isotach.ops.recurrence import state_dtype
 from isotach.ops.torch.loop import Loop, Run, States, document_bounds
-from isotach.ops.torch.scores import SAFE, ChannelScores, HeadScores
+from isotach.ops.torch.scores import SAFE, ChannelScores, HeadScores, weight
 from isotach.ops.torch.scratch import Buffer
 
 # Measured: docs/log.md.
@@ -410,12 +410,12 @@ class _Call:
     def _fade(self, running: Tensor) -> _Fade:
         last = running[..., -1:, :]
         log_total = last.transpose(-1, -2)
-        total = log_total.to(self.dtype).exp()
         if float(last.min()) > -SAFE:
+            total = log_total.to(self.dtype).exp()
             return _Fade(running.to(self.dtype).exp(), running.neg().to(self.dtype).exp_(), total, log_total, None)
         kind = HeadScores if running.shape[-1] == 1 else ChannelScores
-        scores = kind(running, self.loop.scratch)
-        return _Fade(running.to(self.dtype).exp(), (last - running).to(self.dtype).exp_(), total, log_total, scores)
+        scores, total = kind(running, self.loop.scratch), weight(log_total, self.dtype)
+        return _Fade(weight(running, self.dtype), weight(last - running, self.dtype), total, log_total, scores)
 
     def _sequences(self, run: Run, block: Block) -> Tensor:
         """The row of the batch that each chunk of the run belongs to."""

@@ -278,8 +278,11 @@ class _Call:
         if column_factor is not None:
             _sets(dcolumns_far.wide, m).mul_(column_factor.unsqueeze(2))
         if dlog is not None:
-            faded = (opened.fade.total * kept.before * after.wide).sum(-1)
-            gradient = _decay_gradient(opened, m, drows.wide, dcolumns.wide, dcolumns_far.wide, faded)
+            faded = kept.before * after.wide
+            if (between := opened.fade.state[1]) is not None:
+                faded.mul_(between)
+            grads = (drows.wide, dcolumns.wide, dcolumns_far.wide)
+            gradient = _decay_gradient(opened, m, *grads, faded.sum(-1), shared=self.fades.shared)
             self.fades.store(dlog, run, block, gradient)
         dcolumns.wide.add_(dcolumns_far.wide)
         self._add_own(opened, left, kept.values, drows, dcolumns)
@@ -356,26 +359,30 @@ class _Call:
         reads   to receive (a ∘ Q) S of every chunk
         passed  (repeats * lanes, H, K, V), to receive S before every chunk
         """
-        m, last = run.step.length, run.step.pick(lanes)
+        m, state = run.step.length, run.step.pick(lanes)
+        flat = state.flatten(0, 1)
         pulled, x, values = (run.split(buffer.flat) for buffer in (solved.pulled, solved.x, solved.values))
-        queries, columns, totals = (
-            run.split(opened.far_rows.flat),
-            run.split(opened.far_columns.turned),
-            _totals(run, opened.fade),
-        )
+        queries, columns = run.split(opened.far_rows.flat[:, :m]), run.split(opened.far_columns.turned)
         outputs = None if reads is None else run.split(reads.flat)
-        states = [last] * (run.repeats + 1) if passed is None else [*run.split(passed), last]
-        states[0].copy_(last)
+        kept = None if passed is None else run.split(passed)
+        factors = opened.fade.state_by_chunk(run)
         for j in range(run.repeats):
-            before, after = states[j].flatten(0, 1), states[j + 1].flatten(0, 1)
+            enters, between, leaves = factors[j]
+            if enters is not None:
+                state.mul_(enters)
+            if kept is not None:
+                kept[j].copy_(state)
             if outputs is not None:
-                torch.bmm(queries[j][:, :m], before, out=outputs[j])
-            x[j].baddbmm_(pulled[j], before, alpha=-1)
+                torch.bmm(queries[j], flat, out=outputs[j])
+            x[j].baddbmm_(pulled[j], flat, alpha=-1)
             if self.split:
                 values[j][:, :m] = x[j]
-            torch.mul(states[j], totals[j], out=states[j + 1])
-            after.baddbmm_(columns[j], values[j])
-        run.step.put(lanes, last)
+            if between is not None:
+                state.mul_(between)
+            flat.baddbmm_(columns[j], values[j])
+            if leaves is not None:
+                state.mul_(leaves)
+        run.step.put(lanes, state)
 
     def _carry_back(
         self, run: Run, lanes: Tensor, opened: _Opened, pulled: Buffer, dx: Buffer, left: Buffer, *, passed: Tensor
@@ -384,22 +391,24 @@ class _Call:
 
         passed  (repeats * lanes, H, K, V), to receive G after every chunk
         """
-        m, last = run.step.length, run.step.pick(lanes)
-        queries, erased, pulls = (
-            run.split(opened.far_rows.turned),
-            run.split(opened.far_columns.flat),
-            run.split(pulled.turned),
-        )
-        outputs, corrections, totals = run.split(left.flat), run.split(dx.flat), _totals(run, opened.fade)
-        grads = [last, *run.split(passed)]
-        grads[-1].copy_(last)
+        m, grad = run.step.length, run.step.pick(lanes)
+        flat = grad.flatten(0, 1)
+        queries, erased = run.split(opened.far_rows.turned[:, :, :m]), run.split(opened.far_columns.flat[:, :m])
+        outputs, corrections = run.split(left.flat[:, :m]), run.split(dx.flat)
+        pulls, kept, factors = run.split(pulled.turned), run.split(passed), opened.fade.state_by_chunk(run)
         for j in reversed(range(run.repeats)):
-            after, before = grads[j + 1].flatten(0, 1), grads[j].flatten(0, 1)
-            corrections[j].baddbmm_(erased[j][:, :m], after)
-            torch.mul(grads[j + 1], totals[j], out=grads[j])
-            before.baddbmm_(queries[j][:, :, :m], outputs[j][:, :m])
-            before.baddbmm_(pulls[j], corrections[j], alpha=-1)
-        run.step.put(lanes, last)
+            enters, between, leaves = factors[j]
+            if leaves is not None:
+                grad.mul_(leaves)
+            kept[j].copy_(grad)
+            corrections[j].baddbmm_(erased[j], flat)
+            if between is not None:
+                grad.mul_(between)
+            flat.baddbmm_(queries[j], outputs[j])
+            flat.baddbmm_(pulls[j], corrections[j], alpha=-1)
+            if enters is not None:
+                grad.mul_(enters)
+        run.step.put(lanes, grad)
 
     def _add_own(self, opened: _Opened, left: Buffer, values: Tensor, drows: Buffer, dcolumns: Buffer) -> None:
         """What each query reads of its own token, left out inside the chunk."""
@@ -456,15 +465,10 @@ def _sets(x: Tensor, m: int) -> Tensor:
     return x.unflatten(2, (-1, m))
 
 
-def _totals(run: Run, fade: Fade) -> tuple[Tensor, ...]:
-    return run.split(fade.total) if fade.total.shape[0] > 1 else (fade.total,) * run.repeats
-
-
 def _decay_gradient(
-    opened: _Opened, m: int, drows: Tensor, dcolumns: Tensor, dcolumns_far: Tensor, faded: Tensor
+    opened: _Opened, m: int, drows: Tensor, dcolumns: Tensor, dcolumns_far: Tensor, faded: Tensor, *, shared: bool
 ) -> Tensor:
     """dlog_decay (N, H, m, #K) of every chunk; `faded` (N, H, K) is Σ_v e^{L_m} ∘ S ∘ G."""
-    shared = opened.fade.total.shape[2] == 1
 
     def product(x: Tensor, gradient: Tensor) -> Tensor:
         """Σ over sets, and over channels where they share one decay: (N, H, m, #K)."""

@@ -2,9 +2,15 @@
 
 With L the running sum of log_decay in a chunk of m tokens, whatever reads (a row) at token i meets what was written
 (a column) at token j ≤ i weakened by e^{L_i - L_j}, and the state before the chunk by e^{L_i}; the state after it gets
-columns weakened by e^{L_m - L_j}. Where the whole chunk decays by less than e^120, rows are loaded times e^{L_i - base}
-and columns times e^{base - L_j}, and products inside the chunk need no more than their mask; otherwise they are weighed
-(scores.py).
+columns weakened by e^{L_m - L_j}.
+
+    weak    The chunk decays by less than e^120. Rows are loaded times e^{L_i - base}, columns times e^{base - L_j}, and
+            the state enters times e^base: among them nothing decays. It leaves times e^{L_m - base}.
+    strong  Products inside the chunk are weighed (scores.py). Before they meet the state, rows are multiplied by
+            e^{L_i} and columns by e^{L_m - L_j}; the state is, by e^{L_m}, between being read and being written.
+
+Rows x, columns y and the state S meet in P = (x yᵀ) ∘ D, x S and S ← S + yᵀ z only, so a family that multiplies where
+Fade says needs to know neither.
 """
 
 from typing import NamedTuple
@@ -16,26 +22,34 @@ from isotach.ops.chunks import Block
 from isotach.ops.torch.loop import Loop, Run
 from isotach.ops.torch.scores import SAFE, ChannelScores, HeadScores, MaskedScores, weight
 
-Factor = Tensor | None  # (·, H, m or 1, #K), or nothing to multiply by
+Factor = Tensor | None  # (·, H, m, #K), or nothing to multiply by
 
 
 class Fade(NamedTuple):
-    """The decay of a run's chunks.
+    """What to multiply by, in a run's chunks.
 
-    inside  (rows, columns): factors for products inside the chunk, applied when loading
-    across  (rows, columns): further factors for products with the state
-    total   (·, H, #K, 1): of the whole chunk
+    inside  (rows, columns) when they are loaded
+    across  (rows, columns) once more before they meet the state
+    state   when it enters, between being read and being written, when it leaves: (·, H, #K, 1)
     """
 
     inside: tuple[Factor, Factor]
     across: tuple[Factor, Factor]
-    total: Tensor
+    state: tuple[Factor, Factor, Factor]
     scores: MaskedScores | HeadScores | ChannelScores
+
+    def state_by_chunk(self, run: Run) -> list[tuple[Factor, ...]]:
+        """`state` for each of the run's repeats."""
+        return list(zip(*(_by_repeat(factor, run) for factor in self.state), strict=True))
 
     @property
     def strong(self) -> bool:
-        """Whether factors may be so small that their products are denormal."""
+        """Whether factors may be so small that products with them are denormal."""
         return not isinstance(self.scores, MaskedScores)
+
+
+def _by_repeat(factor: Factor, run: Run) -> tuple[Factor, ...]:
+    return (factor,) * run.repeats if factor is None or len(factor) == 1 else run.split(factor)
 
 
 class Fades:
@@ -67,19 +81,26 @@ class Fades:
     def _fade(self, running: Tensor) -> Fade:
         """`running`: L (·, H, m, #K) in float64, because differences of float32 sums are as coarse as the sums."""
         dtype, length, last = self.loop.scratch.dtype, running.shape[2], running[..., -1:, :]
-        total, lowest = last.transpose(-1, -2).to(dtype).exp(), float(last.min())
+        lowest = float(last.min())
         if lowest == 0.0:
-            return Fade((None, None), (None, None), total, MaskedScores(length))
+            return Fade((None, None), (None, None), (None, None, None), MaskedScores(length))
         if lowest > -2 * SAFE:
             base = last / 2 if lowest < -SAFE else None
             rows = (running if base is None else running - base).to(dtype).exp()
-            across = (None, total.mT) if base is None else (base.to(dtype).exp(), (last - base).to(dtype).exp())
-            return Fade((rows, rows.reciprocal()), across, total, MaskedScores(length))
+            enters = None if base is None else base.mT.to(dtype).exp()
+            leaves = (last if base is None else last - base).mT.to(dtype).exp()
+            return Fade((rows, rows.reciprocal()), (None, None), (enters, None, leaves), MaskedScores(length))
         across = weight(running, dtype), weight(last - running, dtype)
         kind = HeadScores if running.shape[-1] == 1 else ChannelScores
-        return Fade((None, None), across, total, kind(running, self.loop.scratch))
+        between = last.mT.to(dtype).exp()
+        return Fade((None, None), across, (None, between, None), kind(running, self.loop.scratch))
 
     # ---- the gradient of log_decay
+
+    @property
+    def shared(self) -> bool:
+        """Whether a head's channels share one decay."""
+        return self.log_decay.shape[-1] == 1
 
     def collector(self) -> Tensor:
         """Room for it: every token's is written once, a shared one is summed in float64."""

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from isotach.ops.torch.scratch import Buffer, Scratch
 
 SAFE = 60.0  # e^60 = 1e26 leaves rows and columns a factor of 1e12 in float32
+REACH = 42.0  # a block of rows measured from its middle spans e^84: its smallest product is still a normal float32
+FORGOTTEN = 36.0  # e^-36 is float64's resolution; the product of two such weights is still a normal float32
 
 
 def flushed(x: Tensor) -> Tensor:
@@ -27,8 +29,8 @@ def flushed(x: Tensor) -> Tensor:
 
 
 def weight(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """e^exponent, flushed; exp itself is slow where it underflows."""
-    return flushed(exponent.to(dtype).clamp_min(math.log(_smallest(dtype)) - 1).exp_())
+    """e^exponent, or 0 below e^-36. Clamped first, because exp itself takes a hundred times as long to underflow."""
+    return F.threshold_(exponent.to(dtype, copy=True).clamp_min_(-FORGOTTEN - 1).exp_(), math.exp(-FORGOTTEN), 0.0)
 
 
 def _smallest(dtype: torch.dtype) -> float:
@@ -81,7 +83,7 @@ class ChannelScores:
 
     The chunk is halved. What rows of its second half owe to columns of the first is measured from the boundary between
     them: neither factor of e^{L_i - L_boundary} · e^{L_boundary - L_j} exceeds 1. Each half is halved again, down to
-    blocks that decay by less than e^120, which are measured from their middle; a block of one row always is such.
+    blocks that decay by less than e^84, which are measured from their middle; a block of one row always is such.
     """
 
     def __init__(self, running: Tensor, scratch: Scratch) -> None:
@@ -90,7 +92,7 @@ class ChannelScores:
         if self.full > self.length:
             running = torch.cat([running, running[:, :, -1:].expand(-1, -1, self.full - self.length, -1)], 2)
         size = self.full
-        while _spread(running, size) >= SAFE:
+        while _spread(running, size) >= REACH:
             size //= 2
 
         def fade(exponent: Tensor) -> Tensor:
@@ -98,7 +100,8 @@ class ChannelScores:
 
         whole, block = slice(0, size), running.unflatten(2, (-1, size))
         base = block[..., size // 2, None, :]
-        self.parts = [_Part(size, whole, whole, fade(block - base), fade(base - block))]
+        own = (gap.to(scratch.dtype).exp_().unsqueeze(3) for gap in (block - base, base - block))
+        self.parts = [_Part(size, whole, whole, *own)]
         while size < self.full:
             first, second = running.unflatten(2, (-1, 2 * size)).split(size, 3)
             base = first[..., -1:, :]

@@ -29,8 +29,9 @@ from isotach.ops.toeplitz import Toeplitz
 
 # Measured: docs/log.md.
 NEAR = 64  # lags that are a matrix product
-BLOCK_ELEMENTS = 1 << 18  # inputs of the channels that are processed together ...
+BLOCK_ELEMENTS = 1 << 19  # inputs of the channels that are processed together ...
 LINE = 16  # ... which are whole cache lines
+RADIX = 4  # stretches of a group at most
 
 
 @register(Toeplitz, "torch")
@@ -64,13 +65,13 @@ def convolution(v: Tensor, kernel: Tensor, past: Tensor, cu_seqlens: Tensor | No
     """v (B, T, C), kernel (L, C), past (N, S, C), all the oldest first -> (B, T, C)."""
     output = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     layout = _layout(v, kernel, past, cu_seqlens)
+    rows = layout.rows(v)
     for own in layout.channels(v.shape[2]):
-        x, taps = layout.load(v, past, own), layout.taps(kernel, own)
+        x, taps = layout.load(v, past, own, rows), layout.taps(kernel, own)
         y = torch.bmm(x, _triangles(taps))
         for level in layout.levels:
-            spectrum = torch.fft.rfft(taps[:, None, : 2 * level.size])
-            added = torch.fft.irfft(torch.fft.rfft(level.take(x, level.sources)).mul_(spectrum))
-            level.add(y, level.targets, added)
+            spectra = level.spectra(taps)
+            level.add(y, level.targets, level.products(torch.fft.rfft(level.take(x, level.sources)), spectra))
         layout.store(output, y, own)
     return output
 
@@ -88,17 +89,19 @@ def _backward(
     dv, dpast = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (v, past))
     dkernel = torch.zeros(kernel.shape, dtype=kernel.dtype, device=kernel.device)
     layout = _layout(v, kernel, past, cu_seqlens)
-    nothing = past[:, :0]
+    rows, later = layout.rows(v), layout.rows(v)
     for own in layout.channels(v.shape[2]):
-        x, g, taps = layout.load(v, past, own), layout.load(grad, nothing, own), layout.taps(kernel, own)
+        x, g, taps = (
+            layout.load(v, past, own, rows),
+            layout.load(grad, past[:, :0], own, later),
+            layout.taps(kernel, own),
+        )
         dx, dtaps = torch.bmm(g, _triangles(taps).transpose(1, 2)), torch.zeros_like(taps)
         dtaps[:, :NEAR] = _diagonals(torch.bmm(x.transpose(1, 2), g))
         for level in layout.levels:
-            later = torch.fft.rfft(level.take(g, level.targets))
-            correlated = torch.fft.rfft(level.take(x, level.sources)).conj().mul(later).sum(1)
-            dtaps[:, 1 : 2 * level.size] += torch.fft.irfft(correlated)[:, 1:]
-            spectrum = torch.fft.rfft(taps[:, None, : 2 * level.size])
-            level.add(dx, level.sources, torch.fft.irfft(later.mul_(spectrum.conj())))
+            given = torch.fft.rfft(level.take(g, level.targets))
+            level.add_lags(dtaps, torch.fft.rfft(level.take(x, level.sources)), given)
+            level.add(dx, level.sources, level.transposed(given, level.spectra(taps)))
         layout.store(dv, dx, own)
         layout.store_past(dpast, dx, own)
         lags = min(len(kernel), dtaps.shape[1])
@@ -132,18 +135,46 @@ _backward.register_autograd(_refuse)
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """Pairs of stretches of `size` tokens, as block numbers: the spare block stands in for the other half of each."""
+    """Groups of `radix` stretches of `size` tokens: the inputs of each reach the outputs of those behind it.
+
+    Stretches are lists of blocks; beside each stands as much of the spare block, so that transforms do not wrap.
+    """
 
     size: int
-    sources: Tensor  # (pairs * 2 * size / NEAR,): per pair its source, then the spare block
-    targets: Tensor  # likewise: the spare block, then its target
+    radix: int
+    sources: Tensor  # (groups, radix - 1, 2 size / NEAR) flat: the stretches but the last, then the spare block
+    targets: Tensor  # likewise: the spare block, then the stretches but the first
 
     def take(self, x: Tensor, blocks: Tensor) -> Tensor:
-        """(C, pairs, 2 size) of x (C, blocks, NEAR)."""
-        return x.index_select(1, blocks).view(len(x), -1, 2 * self.size)
+        """(C, groups, radix - 1, 2 size) of x (C, blocks, NEAR)."""
+        return x.index_select(1, blocks).view(len(x), -1, self.radix - 1, 2 * self.size)
 
-    def add(self, y: Tensor, blocks: Tensor, value: Tensor) -> None:
-        y.index_add_(1, blocks, value.view(len(y), -1, NEAR))
+    def add(self, y: Tensor, blocks: Tensor, spectra: Tensor) -> None:
+        y.index_add_(1, blocks, torch.fft.irfft(spectra).view(len(y), -1, NEAR))
+
+    def spectra(self, taps: Tensor) -> Tensor:
+        """(C, 1, radix - 1, ·): of the lags between stretches that are 1, 2, ... apart."""
+        return torch.fft.rfft(taps.unfold(1, 2 * self.size, self.size)[:, None, : self.radix - 1])
+
+    def products(self, x: Tensor, kernel: Tensor) -> Tensor:
+        y = x * kernel[:, :, :1]
+        for apart in range(1, self.radix - 1):
+            y[:, :, apart:].addcmul_(x[:, :, :-apart], kernel[:, :, apart, None])
+        return y
+
+    def transposed(self, y: Tensor, kernel: Tensor) -> Tensor:
+        kernel = kernel.conj().resolve_conj()
+        x = y * kernel[:, :, :1]
+        for apart in range(1, self.radix - 1):
+            x[:, :, :-apart].addcmul_(y[:, :, apart:], kernel[:, :, apart, None])
+        return x
+
+    def add_lags(self, dtaps: Tensor, x: Tensor, y: Tensor) -> None:
+        x = x.conj().resolve_conj()
+        for apart in range(self.radix - 1):
+            product = (x[:, :, : self.radix - 1 - apart] * y[:, :, apart:]).sum((1, 2))
+            own = slice(apart * self.size + 1, (apart + 2) * self.size)
+            dtaps[:, own] += torch.fft.irfft(product)[:, 1:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +196,14 @@ class _Layout:
         size = max(1, BLOCK_ELEMENTS // (self.blocks * NEAR * LINE)) * LINE
         return [slice(i, min(i + size, width)) for i in range(0, width, size)]
 
-    def load(self, v: Tensor, past: Tensor, own: slice) -> Tensor:
+    def rows(self, v: Tensor) -> Tensor:
+        """Memory for `load`, zero wherever no token and no past is laid."""
+        width = self.channels(v.shape[2])[0].stop
+        return v.new_zeros(self.blocks * NEAR, width, dtype=state_dtype(v))
+
+    def load(self, v: Tensor, past: Tensor, own: slice, rows: Tensor) -> Tensor:
         # Rows first and then turned: a turned copy of a slice takes three times as long.
-        rows = v.new_zeros(self.blocks * NEAR, v[..., own].shape[2], dtype=state_dtype(v))
+        rows = rows[:, : own.stop - own.start]
         if self.even is None:
             rows.index_copy_(0, self.tokens, v[0, :, own].to(rows.dtype))
         else:
@@ -193,7 +229,7 @@ class _Layout:
 
     def taps(self, kernel: Tensor, own: slice) -> Tensor:
         """The kernel channel by channel and by lag, (C, lags), zero behind its end."""
-        reach = max([NEAR, *(2 * level.size for level in self.levels)])
+        reach = max([NEAR, *(level.radix * level.size for level in self.levels)])
         kernel = kernel[-reach:, own].flip(0)
         rows = kernel.new_zeros(reach, kernel.shape[1], dtype=state_dtype(kernel))
         rows[: len(kernel)] = kernel
@@ -235,29 +271,29 @@ def _plan(bounds: tuple[int, ...], past: int, lags: int, device: torch.device) -
     before = (first * NEAR + ahead - past)[:, None] + np.arange(past)
     even = (int(counts[0]) * NEAR, int(lengths[0])) if len(set(lengths.tolist())) == 1 else None
 
-    farthest = NEAR  # beyond it stretches would only hold inputs out of the kernel's reach
-    while farthest < lags - 1:
-        farthest *= 2
-    pairs: dict[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = {}
-    half = NEAR
-    while lags > 1 and half < int(ends.max(initial=0)):
-        size = min(half, farthest)
-        begin = max(0, -(-(ahead - size + 1 - half) // (2 * half)))  # targets that end in the past are of no use
-        number = np.maximum(0, -(-(ends - half) // (2 * half)) - begin)
+    levels = []
+    size, longest = NEAR, int(ends.max(initial=0))
+    while size < longest and lags > 1:
+        last = size >= lags - 1  # then only neighbours are in reach, and all of them are left
+        radix = 2 if last else min(RADIX, -(-longest // size))
+        step = size if last else radix * size
+        begin = max(0, (ahead - size) // step)  # groups whose targets end in the past are of no use
+        number = np.maximum(0, -(-(ends - size) // step) - begin)
         document = np.repeat(np.arange(len(ends)), number)
         rank = np.arange(len(document)) - np.repeat(np.cumsum(number) - number, number) + begin
-        middle = (2 * rank + 1) * (half // NEAR)  # the block of its document where a target begins
-        within = np.arange(size // NEAR)
-        target = middle[:, None] + within
-        source = first[document, None] + target - size // NEAR
-        target = np.where(target < counts[document, None], first[document, None] + target, blocks - 1)
-        spare = np.full_like(target, blocks - 1)
-        sides = (np.concatenate([source, spare], 1), np.concatenate([spare, target], 1))
-        pairs.setdefault(size, []).append(sides)
-        half *= 2
-    levels = []
-    for size, parts in pairs.items():
-        sources, targets = (tensor(np.concatenate(side).reshape(-1)) for side in zip(*parts, strict=True))
-        if len(sources):
-            levels.append(_Level(size, sources, targets))
+        place = (
+            (rank * step)[:, None, None] + np.arange(0, (radix - 1) * size, size)[:, None] + np.arange(0, size, NEAR)
+        )
+        stretches = []
+        for shift in (0, size):
+            block = (place + shift) // NEAR
+            inside = block < counts[document, None, None]
+            stretches.append(np.where(inside, first[document, None, None] + block, blocks - 1))
+        spare = np.full_like(stretches[0], blocks - 1)
+        sources, targets = (np.concatenate(pair, 2) for pair in ((stretches[0], spare), (spare, stretches[1])))
+        if len(document):
+            levels.append(_Level(size, radix, tensor(sources.reshape(-1)), tensor(targets.reshape(-1))))
+        if last:
+            break
+        size *= radix
     return _Layout(blocks, ahead, even, tensor(tokens), tensor(before.reshape(-1)), tuple(levels))
