@@ -11,7 +11,6 @@ and every released model differ, `decay = "released"` follows the models: larger
 (arXiv:2501.08313) is lrpe = "none", decay = "minimax", values = "silu", gate_activation = "sigmoid", norm_gain = true.
 """
 
-import math
 from typing import Literal, Self
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
 from isotach.nn.norm import SRMSNorm
-from isotach.nn.positions import angles, ladder, lrpe
+from isotach.nn.positions import alibi_slopes, angles, ladder, lrpe
 from isotach.ops.decay import Decay
 
 
@@ -94,14 +93,6 @@ def minimax_rates(heads: int, place: Place) -> Tensor:
     """-log λ (H,) float32: the slope 2^(-8h / H), h = 1..H, scaled as MiniMax-01 rounds it, also in its only layer."""
     head = torch.arange(1, heads + 1, dtype=torch.float64)
     return (2 ** (-8 * head / heads) * (1 - place.index / (place.depth - 1 + 1e-5) + 1e-5)).float()
-
-
-def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8(h+1)/H); for other H, those of the lower power of two, then every second one of the next."""
-    power = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    between = [2 ** (-4 * (h + 1) / power) for h in range(0, 2 * power, 2)]
-    return slopes + between[: heads - power]
 
 
 RATES = {"released": released_rates, "paper": paper_rates, "minimax": minimax_rates}

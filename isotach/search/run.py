@@ -208,31 +208,33 @@ class Search:
 
     def found(self, interrupt: Interrupt) -> Found:
         """The result, written to RUN/front.json and RUN/front/N.toml unless a signal came before."""
+        step, scored, stopped = self.trainer.step, len(self.losses), interrupt.name
+        if stopped is not None:
+            return Found(step, stopped, self.taus, scored, [], [])
         points = [Point(pattern, loss, self.costs(pattern)) for pattern, loss in self.losses.items()]
         largest = max(self.recipe.search.limits) * self._most()
         front = pareto(point for point in points if point.cost <= largest)
         uniform = sorted((point for point in points if point.pattern in self._uniform()), key=lambda point: point.cost)
-        result = Found(self.trainer.step, interrupt.name, self.taus, len(points), front, uniform)
-        if interrupt.name is not None:
-            return result
-        for old in (self.folder / "front").glob("*.toml"):
+        recipes = [self.folder / "front" / f"{number}.toml" for number in range(1, len(front) + 1)]
+        for path, point in zip(recipes, front, strict=True):
+            write_atomically(path, config.dumps(self.recipe.training(point.pattern)).encode())
+        for old in set((self.folder / "front").glob("*.toml")) - set(recipes):
             old.unlink()
-        for number, point in enumerate(front, start=1):
-            text = config.dumps(self.recipe.training(point.pattern))
-            write_atomically(self.folder / "front" / f"{number}.toml", text.encode())
         document = {
             "cost": self.costs.cost,
             "context": self.costs.context,
             "limits": self.recipe.search.limits,
             "costliest": self._most(),
-            "step": result.step,
-            "taus": result.taus,
-            "scored": result.scored,
-            "front": [{"recipe": f"front/{i}.toml"} | point._asdict() for i, point in enumerate(front, start=1)],
+            "step": step,
+            "taus": self.taus,
+            "scored": scored,
+            "front": [
+                {"recipe": f"front/{path.name}"} | point._asdict() for path, point in zip(recipes, front, strict=True)
+            ],
             "uniform": [point._asdict() for point in uniform],
         }
         write_atomically(self.folder / FRONT, json.dumps(document, indent=1).encode() + b"\n")
-        return result
+        return Found(step, None, self.taus, scored, front, uniform)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of this recipe. Raises UserError when it is damaged or the text has changed."""
@@ -269,7 +271,7 @@ class Search:
 
 
 def _trainer(recipe: SearchRecipe, run: Path) -> Trainer:
-    """A trainer whose decoder is the supernet."""
+    """A trainer whose decoder is the supernet, and whose optimizer knows all mixers."""
     settings = recipe.train
     trainer = Trainer(recipe.training(recipe.search.choices), run)
     trainer.decoder = supernet(recipe.model, seed=settings.seed).to(trainer.device)
@@ -297,12 +299,9 @@ def _start(recipe: SearchRecipe, run: Path, *, resume: bool) -> Path | None:
         return None
     folder = checkpoint.latest(run)
     before = config.load(SearchRecipe, run / RECIPE)
+    fixed = (f"search.{key}" for key in FIXED if getattr(before.search, key) != getattr(recipe.search, key))
     choices = recipe.search.choices
-    key = changed(before.training(choices), recipe.training(choices))
-    key = key or next(
-        (f"search.{key}" for key in FIXED if getattr(before.search, key) != getattr(recipe.search, key)), None
-    )
-    if key:
+    if key := next(fixed, None) or changed(before.training(choices), recipe.training(choices)):
         raise UserError(
             f"{run}: {key} is not what this run was started with; "
             f"resume with {run / RECIPE}, or start another run with the new value"

@@ -1,8 +1,8 @@
 """All patterns in one model: every layer holds one mixer of each choice, and the chosen one runs.
 
-A supernet is a Decoder whose blocks' mixers are `Choice`s, so it trains, saves and resumes as any other; norms, GLUs
-and embeddings are shared by all patterns. Weights are drawn from the streams of an ordinary model's, whatever the
-choices: before its training every sub-model is, to the bit, the Decoder of that pattern and seed.
+A supernet is a Decoder whose blocks' mixers are `Choice`s, so it trains as any other, though what it saves only loads
+into a supernet. Norms, GLUs and embeddings are shared by all patterns, and nothing is added. Weights are drawn from the
+streams of an ordinary model's: before training every sub-model is, to the bit, the Decoder of its pattern and seed.
 
 "Neural Architecture Search on Efficient Transformers and Beyond" (2022) trains one random sub-model per update.
 """

@@ -338,7 +338,7 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_front(text: Path, tmp_pat
     in_training = search(recipe(text), parts, sinks=[At(3)])
     assert (in_training.step, in_training.stopped, in_training.front) == (3, "SIGTERM", [])
     in_evolution = search(recipe(text), parts, resume=True, watch=terminate)
-    assert (in_evolution.step, in_evolution.stopped) == (6, "SIGTERM")
+    assert (in_evolution.step, in_evolution.stopped, in_evolution.front) == (6, "SIGTERM", [])
     assert 0 < in_evolution.scored < whole.scored
     assert not (parts / "front.json").exists()
     assert search(recipe(text), parts, resume=True) == whole
@@ -401,7 +401,7 @@ def test_training_ends_when_the_ranking_settles(text: Path, tmp_path: Path) -> N
 
 
 def test_measured_costs_stay_as_they_were(text: Path, tmp_path: Path) -> None:
-    options = recipe(text, cost="step_ms")
+    options = recipe(text, cost="step_ms", limits=[1.0])
     search(options, tmp_path / "run", sinks=[At(2)])
     before = (tmp_path / "run" / "costs.json").read_bytes()
     search(options, tmp_path / "run", resume=True)
@@ -415,6 +415,8 @@ def test_limits_may_change_on_resume_and_what_the_supernet_learned_may_not(text:
     assert max(point.cost for point in narrow.front) <= 0.7 * most
     names = sorted(path.name for path in (tmp_path / "run" / "front").iterdir())
     assert names == sorted(f"{number}.toml" for number in range(1, len(narrow.front) + 1))
+    with pytest.raises(UserError, match=r"search\.choices is not what this run was started with"):
+        search(recipe(text, choices=["softmax", "gla"]), tmp_path / "run", resume=True)
     with pytest.raises(UserError, match=r"search\.probes is not what this run was started with"):
         search(recipe(text, probes=5), tmp_path / "run", resume=True)
 

@@ -30,7 +30,7 @@ def flushed(x: Tensor) -> Tensor:
 
 def weight(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """e^exponent, or 0 below e^-36. Clamped first, because exp itself takes a hundred times as long to underflow."""
-    return F.threshold_(exponent.to(dtype, copy=True).clamp_min_(-FORGOTTEN - 1).exp_(), math.exp(-FORGOTTEN), 0.0)
+    return torch.threshold_(exponent.to(dtype, copy=True).clamp_min_(-FORGOTTEN - 1).exp_(), math.exp(-FORGOTTEN), 0.0)
 
 
 def _smallest(dtype: torch.dtype) -> float:

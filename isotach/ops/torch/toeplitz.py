@@ -202,7 +202,6 @@ class _Layout:
         return v.new_zeros(self.blocks * NEAR, width, dtype=state_dtype(v))
 
     def load(self, v: Tensor, past: Tensor, own: slice, rows: Tensor) -> Tensor:
-        # Rows first and then turned: a turned copy of a slice takes three times as long.
         rows = rows[:, : own.stop - own.start]
         if self.even is None:
             rows.index_copy_(0, self.tokens, v[0, :, own].to(rows.dtype))
@@ -210,10 +209,10 @@ class _Layout:
             self._inside(rows, self.even).copy_(v[..., own].reshape(-1, self.even[1], rows.shape[1]))
         if past.shape[1]:
             rows.index_copy_(0, self.past, past[..., own].flatten(0, 1).to(rows.dtype))
-        return rows.t().contiguous().view(-1, self.blocks, NEAR)
+        return _turned(rows)
 
     def store(self, v: Tensor, y: Tensor, own: slice) -> None:
-        rows = y.flatten(1).t().contiguous()
+        rows = y.permute(1, 2, 0).contiguous().flatten(0, 1)
         if self.even is None:
             v[0, :, own] = rows[self.tokens]
         else:
@@ -230,10 +229,15 @@ class _Layout:
     def taps(self, kernel: Tensor, own: slice) -> Tensor:
         """The kernel channel by channel and by lag, (C, lags), zero behind its end."""
         reach = max([NEAR, *(level.radix * level.size for level in self.levels)])
-        kernel = kernel[-reach:, own].flip(0)
-        rows = kernel.new_zeros(reach, kernel.shape[1], dtype=state_dtype(kernel))
-        rows[: len(kernel)] = kernel
-        return rows.t().contiguous()
+        kernel = kernel[-reach:, own].flip(0).to(state_dtype(kernel))
+        return _turned(F.pad(kernel, (0, 0, 0, reach - len(kernel)))).flatten(1)
+
+
+def _turned(rows: Tensor) -> Tensor:
+    """(places, C) as (C, blocks, NEAR): rows that lie side by side, which torch turns six times as fast as a slice of
+    wider ones, and in blocks, which it turns on all threads.
+    """
+    return rows.unflatten(0, (-1, NEAR)).permute(2, 0, 1).contiguous()
 
 
 def _triangles(taps: Tensor) -> Tensor:
