@@ -20,7 +20,7 @@ demo: $(VENV)/.ready-demo
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.ready-all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.ready-all
 	$(BIN)/ruff format --check .
@@ -34,6 +34,7 @@ gpu: $(VENV)/.ready-all
 
 bench: $(VENV)/.ready-all
 	$(BIN)/isotach bench ops --device $(DEVICE) --out $(RESULTS)
+	$(BIN)/isotach bench families --device $(DEVICE) --out $(RESULTS)
 	$(BIN)/isotach bench decode --device $(DEVICE) --out $(RESULTS)
 	$(BIN)/isotach bench train --device $(DEVICE) --out $(RESULTS)
 

@@ -11,6 +11,7 @@ from isotach.errors import UserError
 
 class Benchmark(StrEnum):
     ops = "ops"
+    families = "families"
     decode = "decode"
     train = "train"
 
@@ -21,7 +22,9 @@ class Device(StrEnum):
 
 
 def bench(
-    name: Annotated[Benchmark, typer.Argument(help="The operators, decoding, or training.")],
+    name: Annotated[
+        Benchmark, typer.Argument(help="The operators, every family beside its rivals, decoding, or training.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for NAME.json, or NAME-cuda.json.")] = Path("benchmarks/results"),
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for an idle machine.")] = 120.0,
@@ -40,7 +43,7 @@ def bench(
 
     if device == Device.cuda and not torch.cuda.is_available():
         raise UserError("bench: expected a CUDA device, found none; use --device cpu")
-    if preset and name == Benchmark.ops:
+    if preset and name in (Benchmark.ops, Benchmark.families):
         raise UserError("bench: --preset is for decode and train; the operators have one shape")
     for each in preset or []:
         presets.preset(each)  # refuses an unknown one before the wait

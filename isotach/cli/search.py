@@ -23,8 +23,8 @@ def search(
 ) -> int:
     """Train one model that holds every pattern of mixers, and print the Pareto front of their loss and cost.
 
-    RUN/front/N.toml is the recipe of its N-th point, for `isotach train`. Ctrl-C or SIGTERM saves, and --resume goes on to
-    the same front. The exit code is 0 at the end, 130 after Ctrl-C and 143 after SIGTERM.
+    RUN/front/N.toml is the recipe of its N-th point, for `isotach train`. Ctrl-C or SIGTERM saves, and --resume goes on
+    to the same front. The exit code is 0 at the end, 130 after Ctrl-C and 143 after SIGTERM.
     """
     import shlex
     import sys

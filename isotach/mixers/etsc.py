@@ -9,9 +9,10 @@ A state of m numbers per channel replaces all earlier inputs, and no network of 
 kernel is the converted layer's, so text up to m tokens reads as before. Behind them the same c come again, fainter by
 γ^m, where tnn would have gone on with its own: choose m so that γ^m is small.
 
-Published is m = n + 1 for n lags of tnn's, with c_n = -Σ_{j<n} c_j, so that w_0 = 0. That one value is as large as all
-others together and comes back from lag n on; without it the kernel repeats itself from lag n = m on and is closer to
-what tnn does there. `isotach convert` makes either.
+Published is m = n + 1 for n lags of tnn's, with c_n = -Σ_{j<n} c_j, so that w_0 = 0: one value as large as all others
+together, at lag n and again with them. It is not needed, and `isotach convert` leaves it out unless asked. A ring
+buffer of the last m inputs has the same size, takes half the time, and ends where this repeats itself; which of the two
+is nearer to tnn there depends on the kernel, and the verb measures it. Trained kernels are largest at near lags.
 
 Accelerating Toeplitz Neural Network with Constant-time Inference Complexity (arXiv:2311.08756).
 """

@@ -23,6 +23,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from isotach import config as configuration
@@ -256,7 +257,16 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def template(self) -> DecoderState:
         """The state of one sequence after one token: which tensors there are, of which shapes and dtypes."""
-        return self.hidden(torch.zeros(1, 1, dtype=torch.int64, device=self.device))[1]
+        if self.device.type != "meta":
+            return self.hidden(torch.zeros(1, 1, dtype=torch.int64, device=self.device))[1]
+        # Mixers look at positions and lengths, which have no values there. Blocks in memory have the same states, and
+        # take none of it while nothing touches their weights.
+        x, modules, states = torch.zeros(1, 1, self.config.width), Shared(), []
+        with torch.device("cpu"), _WithoutMatrices():
+            for i in range(self.config.depth):
+                block = Block(self.config, Place(i, self.config.depth, modules))
+                states.append(block(x, None, Span.of(1, 1), {})[1])
+        return DecoderState(tuple(states), torch.ones(1, dtype=torch.int64))
 
     # ---- on disk
 
@@ -299,6 +309,16 @@ class Decoder(nn.Module):
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{file}: the weights do not fit config.toml ({reason}); use another copy") from None
         return decoder
+
+
+class _WithoutMatrices(TorchFunctionMode):
+    """Linear maps give zeros, and do not read their weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            x, weight = args[:2]
+            return x.new_zeros(*x.shape[:-1], len(weight))
+        return func(*args, **(kwargs or {}))
 
 
 class _Model(Config):

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from isotach.bench import decode, ops, report, train
+from isotach.bench import decode, families, ops, report, train
 from isotach.bench.ops import Contender, Shape
 from isotach.config import parse
 from isotach.errors import UserError
@@ -183,3 +183,23 @@ def test_training_is_compared_at_equal_tokens() -> None:
     }
     assert result.refused == []
     assert any("outside forward" in figure.name for figure in result.figures)
+
+
+@pytest.mark.parametrize("name", families.DUELS)
+def test_families_and_their_rivals_compute_the_same(name: str) -> None:
+    """Both against the family's definition, values and gradients; a rival that is not installed is left out."""
+    duel, device = families.DUELS[name], torch.device("cpu")
+    rival = duel.rival(families.SMALL, device)
+    contenders = [duel.ours(families.SMALL, device), *([] if rival is None else [rival])]
+    assert max(ops.error(contender) for contender in contenders) < ops.CORRECT
+
+
+def test_a_duel_is_timed_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "DUELS", {"HGRN": families.DUELS["HGRN"]})
+    result = families.measure(device=torch.device("cpu"), widths=(8,), tokens=32, rounds=2)
+    assert [figure.name for figure in result.figures] == [
+        "HGRN, D 8, forward, times faster than a token loop",
+        "HGRN, D 8, forward + backward, times faster than a token loop",
+    ]
+    assert len(result.rows) == 4
+    assert not result.refused

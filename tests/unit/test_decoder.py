@@ -146,6 +146,16 @@ def test_state_bytes_with_options(name: str, options: dict[str, object]) -> None
         assert decoder.state_bytes(time) == decoder(tokens(1, time))[1].nbytes(), time
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_model_without_memory_of_its_own_is_counted_alike(name: str) -> None:
+    with torch.device("meta"):
+        planned = model(pattern=[name], ffn="rwkv7")
+    real = model(pattern=[name], ffn="rwkv7")
+    for count in ("state_bytes", "flops_per_token"):
+        assert getattr(planned, count)(77) == getattr(real, count)(77)
+    assert planned.parameter_count() == real.parameter_count()
+
+
 def per_token(decoder: Decoder, first: int, last: int) -> float:
     """FLOPs that each token of the context adds, per layer."""
     return (decoder.flops_per_token(last) - decoder.flops_per_token(first)) / (last - first) / 3

@@ -86,7 +86,7 @@ def test_equal_keys_are_the_plain_rule(variant: str) -> None:
     [
         shapes.one_of(0.0),
         shapes.uniform(-1.0, 0.0),  # a chunk of 64 loses less than e^60
-        shapes.uniform(-2.5, 0.0),  # less than e^120
+        shapes.uniform(-2.5, 0.0),
         shapes.uniform(-6.0, 0.0),
         shapes.one_of(0.0, -1e-8, -5.0, -20.0, -200.0),
     ],

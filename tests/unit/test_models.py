@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from isotach import mixers
 from isotach.config import dumps, load, parse
 from isotach.errors import UserError
-from isotach.mixers.lightning import alibi_slopes, paper_rates, released_rates
+from isotach.mixers.lightning import paper_rates, released_rates
 from isotach.models.decoder import Decoder, ModelConfig
 from isotach.models.presets import PRESETS
 from isotach.nn.mixer import Place
-from isotach.nn.positions import angles, ladder, lrpe
+from isotach.nn.positions import alibi_slopes, angles, ladder, lrpe
 from isotach.ops.engine import Span
 from isotach.rng import generator
 

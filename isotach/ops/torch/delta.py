@@ -279,7 +279,7 @@ class _Call:
             _sets(dcolumns_far.wide, m).mul_(column_factor.unsqueeze(2))
         if dlog is not None:
             faded = kept.before * after.wide
-            if (between := opened.fade.state[1]) is not None:
+            if (between := opened.fade.state[0]) is not None:
                 faded.mul_(between)
             grads = (drows.wide, dcolumns.wide, dcolumns_far.wide)
             gradient = _decay_gradient(opened, m, *grads, faded.sum(-1), shared=self.fades.shared)
@@ -367,9 +367,7 @@ class _Call:
         kept = None if passed is None else run.split(passed)
         factors = opened.fade.state_by_chunk(run)
         for j in range(run.repeats):
-            enters, between, leaves = factors[j]
-            if enters is not None:
-                state.mul_(enters)
+            between, last = factors[j]
             if kept is not None:
                 kept[j].copy_(state)
             if outputs is not None:
@@ -380,8 +378,8 @@ class _Call:
             if between is not None:
                 state.mul_(between)
             flat.baddbmm_(columns[j], values[j])
-            if leaves is not None:
-                state.mul_(leaves)
+            if last is not None:
+                state.mul_(last)
         run.step.put(lanes, state)
 
     def _carry_back(
@@ -397,17 +395,15 @@ class _Call:
         outputs, corrections = run.split(left.flat[:, :m]), run.split(dx.flat)
         pulls, kept, factors = run.split(pulled.turned), run.split(passed), opened.fade.state_by_chunk(run)
         for j in reversed(range(run.repeats)):
-            enters, between, leaves = factors[j]
-            if leaves is not None:
-                grad.mul_(leaves)
+            between, last = factors[j]
+            if last is not None:
+                grad.mul_(last)
             kept[j].copy_(grad)
             corrections[j].baddbmm_(erased[j], flat)
             if between is not None:
                 grad.mul_(between)
             flat.baddbmm_(queries[j], outputs[j])
             flat.baddbmm_(pulls[j], corrections[j], alpha=-1)
-            if enters is not None:
-                grad.mul_(enters)
         run.step.put(lanes, grad)
 
     def _add_own(self, opened: _Opened, left: Buffer, values: Tensor, drows: Buffer, dcolumns: Buffer) -> None:

@@ -4,8 +4,8 @@ With L the running sum of log_decay in a chunk of m tokens, whatever reads (a ro
 (a column) at token j ≤ i weakened by e^{L_i - L_j}, and the state before the chunk by e^{L_i}; the state after it gets
 columns weakened by e^{L_m - L_j}.
 
-    weak    The chunk decays by less than e^120. Rows are loaded times e^{L_i - base}, columns times e^{base - L_j}, and
-            the state enters times e^base: among them nothing decays. It leaves times e^{L_m - base}.
+    weak    The chunk decays by less than e^60. Rows are loaded times e^{L_i}, columns times e^{-L_j}: among them and
+            the state nothing decays. The state is multiplied by e^{L_m} after it is written.
     strong  Products inside the chunk are weighed (scores.py). Before they meet the state, rows are multiplied by
             e^{L_i} and columns by e^{L_m - L_j}; the state is, by e^{L_m}, between being read and being written.
 
@@ -30,12 +30,12 @@ class Fade(NamedTuple):
 
     inside  (rows, columns) when they are loaded
     across  (rows, columns) once more before they meet the state
-    state   when it enters, between being read and being written, when it leaves: (·, H, #K, 1)
+    state   between being read and being written, and after that: (·, H, #K, 1)
     """
 
     inside: tuple[Factor, Factor]
     across: tuple[Factor, Factor]
-    state: tuple[Factor, Factor, Factor]
+    state: tuple[Factor, Factor]
     scores: MaskedScores | HeadScores | ChannelScores
 
     def state_by_chunk(self, run: Run) -> list[tuple[Factor, ...]]:
@@ -83,17 +83,13 @@ class Fades:
         dtype, length, last = self.loop.scratch.dtype, running.shape[2], running[..., -1:, :]
         lowest = float(last.min())
         if lowest == 0.0:
-            return Fade((None, None), (None, None), (None, None, None), MaskedScores(length))
-        if lowest > -2 * SAFE:
-            base = last / 2 if lowest < -SAFE else None
-            rows = (running if base is None else running - base).to(dtype).exp()
-            enters = None if base is None else base.mT.to(dtype).exp()
-            leaves = (last if base is None else last - base).mT.to(dtype).exp()
-            return Fade((rows, rows.reciprocal()), (None, None), (enters, None, leaves), MaskedScores(length))
-        across = weight(running, dtype), weight(last - running, dtype)
+            return Fade((None, None), (None, None), (None, None), MaskedScores(length))
+        if lowest > -SAFE:
+            rows, total = running.to(dtype).exp(), last.mT.to(dtype).exp()
+            return Fade((rows, rows.reciprocal()), (None, None), (None, total), MaskedScores(length))
+        across, total = (weight(running, dtype), weight(last - running, dtype)), weight(last.mT, dtype)
         kind = HeadScores if running.shape[-1] == 1 else ChannelScores
-        between = last.mT.to(dtype).exp()
-        return Fade((None, None), across, (None, between, None), kind(running, self.loop.scratch))
+        return Fade((None, None), across, (total, None), kind(running, self.loop.scratch))
 
     # ---- the gradient of log_decay
 

@@ -1,17 +1,18 @@
-"""Causal convolution by halves: what the first half of a stretch adds to the second goes through one Fourier transform.
+"""Causal convolution by groups of stretches, each of which reaches those behind it through Fourier transforms.
 
-    tokens        |---- m ----|---- m ----|---- m ----|---- m ----|   of a document, m = 64, 128, 256, ...
-    transforms     sources --> targets     sources --> targets        of length 2m, lags 1 .. 2m - 1, no wrapping
-    lags 0..63    |*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|*|   a triangular matrix per channel and block
+    lags 0..63   a triangular matrix per channel and block of 64 tokens
+    size 64      |--0--|--1--|--2--|--3--| of every group: 0 reaches 1, 2 and 3, 1 reaches 2 and 3, 2 reaches 3
+    size 256     |-----------0-----------|-----------1-----------| ... and so on until a document is one group
 
 One transform over everything would need fewer operations, but it mixes all tokens: later ones would change earlier
-outputs by rounding, which grows with the largest of them. By halves no output is touched by a later token at all, and
-channels are processed in groups whose buffers stay in cache. Equal halves of all documents are one batch; an earlier
-past is laid before its document. With M the spectrum of the kernel, X of sources and G of gradients at targets:
+outputs by rounding, which grows with the largest of them. In groups no output is touched by a later token at all, and
+channels are processed a few at a time, so that buffers stay in cache. Equal groups of all documents are one batch; an
+earlier past is laid before its document. A stretch of m tokens is transformed with as many zeros beside it. With X_i
+the transform of stretch i, M_d that of the lags between stretches d apart, G_i that of the gradients at stretch i:
 
-    o = irfft(M X)        dx = irfft(M* G)        dkernel = irfft(Σ X* G)
+    o_i = irfft(Σ_d M_d X_{i-d})        dx_i = irfft(Σ_d M_d* G_{i+d})        dkernel_d = irfft(Σ_i X_{i-d}* G_i)
 
-The backward transforms the inputs again instead of keeping spectra, twice as large as they.
+The backward transforms the inputs again instead of keeping spectra, which are twice as large as they.
 """
 
 from dataclasses import dataclass
@@ -89,13 +90,10 @@ def _backward(
     dv, dpast = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (v, past))
     dkernel = torch.zeros(kernel.shape, dtype=kernel.dtype, device=kernel.device)
     layout = _layout(v, kernel, past, cu_seqlens)
-    rows, later = layout.rows(v), layout.rows(v)
+    rows, grad_rows = layout.rows(v), layout.rows(v)
     for own in layout.channels(v.shape[2]):
-        x, g, taps = (
-            layout.load(v, past, own, rows),
-            layout.load(grad, past[:, :0], own, later),
-            layout.taps(kernel, own),
-        )
+        x, taps = layout.load(v, past, own, rows), layout.taps(kernel, own)
+        g = layout.load(grad, past[:, :0], own, grad_rows)
         dx, dtaps = torch.bmm(g, _triangles(taps).transpose(1, 2)), torch.zeros_like(taps)
         dtaps[:, :NEAR] = _diagonals(torch.bmm(x.transpose(1, 2), g))
         for level in layout.levels:
@@ -157,20 +155,23 @@ class _Level:
         return torch.fft.rfft(taps.unfold(1, 2 * self.size, self.size)[:, None, : self.radix - 1])
 
     def products(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """Σ_d M_d X_{i-d} for the stretches but the first, of X for those but the last."""
         y = x * kernel[:, :, :1]
         for apart in range(1, self.radix - 1):
             y[:, :, apart:].addcmul_(x[:, :, :-apart], kernel[:, :, apart, None])
         return y
 
     def transposed(self, y: Tensor, kernel: Tensor) -> Tensor:
-        kernel = kernel.conj().resolve_conj()
+        """Σ_d M_d* G_{i+d} for the stretches but the last, of G for those but the first."""
+        kernel = kernel.conj_physical()
         x = y * kernel[:, :, :1]
         for apart in range(1, self.radix - 1):
             x[:, :, :-apart].addcmul_(y[:, :, apart:], kernel[:, :, apart, None])
         return x
 
     def add_lags(self, dtaps: Tensor, x: Tensor, y: Tensor) -> None:
-        x = x.conj().resolve_conj()
+        """Add the gradient of the kernel, lag by lag; lag 0 of a transform belongs to no pair."""
+        x = x.conj_physical()
         for apart in range(self.radix - 1):
             product = (x[:, :, : self.radix - 1 - apart] * y[:, :, apart:]).sum((1, 2))
             own = slice(apart * self.size + 1, (apart + 2) * self.size)
@@ -234,8 +235,8 @@ class _Layout:
 
 
 def _turned(rows: Tensor) -> Tensor:
-    """(places, C) as (C, blocks, NEAR): rows that lie side by side, which torch turns six times as fast as a slice of
-    wider ones, and in blocks, which it turns on all threads.
+    """(places, C) as (C, blocks, NEAR). Torch turns rows that lie side by side five times as fast as a slice of wider
+    ones, and blocks of them twice as fast as all at once.
     """
     return rows.unflatten(0, (-1, NEAR)).permute(2, 0, 1).contiguous()
 
