@@ -148,8 +148,15 @@ def compute(table: TableConfig, folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def recall_model(table: TableConfig, name: str, width: int) -> ModelConfig:
-    """Two layers; only the mixer differs."""
-    shape = {"vocab": table.recall.task.vocab, "width": width, "depth": 2, "heads": 2, "hidden": 2 * width}
+    """Two layers; only the mixer differs. Weights begin larger than in a language model, or attention stays flat long."""
+    shape: dict[str, Any] = {
+        "vocab": table.recall.task.vocab,
+        "width": width,
+        "depth": 2,
+        "heads": 2,
+        "hidden": 2 * width,
+    }
+    shape |= {"init_std": 0.1, "tie": False}
     return _parsed(shape | {"pattern": [name], name: table.mixers[name]})
 
 

@@ -10,14 +10,14 @@ sets them apart is γ^j alone, and what sets near ones apart are the first map's
 text, and neither does the kernel change with its length, as it would with the released options that divide by it.
 
 Training multiplies spectra in O(T log² T). A step reads every earlier input, or the last `window`; `isotach convert`
-makes a layer of constant state (mixers/etsc.py). In a set tokens look both ways, and k_{-j} = γ^j RPE(-j).
+makes a layer of constant state (mixers/etsc.py). Tokens that look both ways, as patches of an image in their order
+may, use k_{-j} = γ^j RPE(-j) for what is ahead.
 
 Toeplitz Neural Network (arXiv:2305.04749); defaults of its causal language model, RPE width D / 8 but at least 32.
 """
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -41,7 +41,7 @@ class TNN(Mixer):
     class Config(MixerConfig):
         """expand: channels that are mixed, as a multiple of width; rpe_width, rpe_layers: of the network of distances,
         width None for D / 8 but at least 32; gamma: γ; decay: one γ, or one learned per channel between γ and 1;
-        window: the lags that count, None for all; causal: false where tokens look both ways.
+        window: the lags that count, None for all; two_sided: whether tokens look ahead as well.
         """
 
         expand: int = Field(3, ge=1)
@@ -50,13 +50,13 @@ class TNN(Mixer):
         gamma: float = Field(0.99, gt=0, le=1)
         decay: Literal["fixed", "learned"] = "fixed"
         window: int | None = Field(None, ge=1)
-        causal: bool = True
+        two_sided: bool = False
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__(config, place)
         width, mixed = config.width, config.expand * config.width
-        self.heads, self.causal = config.heads, config.causal
-        self.recurrence = Toeplitz(window=config.window, two_sided=not config.causal)
+        self.heads, self.causal = config.heads, not config.two_sided
+        self.recurrence = Toeplitz(window=config.window, two_sided=config.two_sided)
         self.gtu = GTU(width, mixed)
         self.rpe = RPE(config.rpe_width or max(width // 8, 32), config.rpe_layers, mixed)
         self.gamma = config.gamma
@@ -71,8 +71,7 @@ class TNN(Mixer):
                 self.rate.normal_(generator=stream("rate"))
 
     def project(self, x: Tensor, scan: Scan) -> tuple[Toeplitz.Inputs, Tensor]:
-        # Without autocast, which meta tensors do not know: bfloat16 has not all integers above 256.
-        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has not all integers above 256
             kernel = self.kernel(self._lags(scan))
         v, u = self.gtu.project(x)
         return Toeplitz.Inputs(self.split(v), kernel), u

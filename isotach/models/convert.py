@@ -80,7 +80,7 @@ def tnn_layers(decoder: Decoder) -> dict[int, TNN]:
             f"convert: expected tnn layers and no etsc layers, got pattern {pattern}; start from a trained tnn"
         )
     if not all(layer.causal for layer in found.values()):
-        raise UserError("convert: expected tnn.causal = true, got false; layers that look ahead have no state")
+        raise UserError("convert: expected tnn.two_sided = false, got true; layers that look ahead have no state")
     return found
 
 

@@ -75,6 +75,9 @@ def run(
 
     Raises ValueError for shapes that do not fit, and for a backend that cannot serve the family or the device.
     """
+    if torch.is_autocast_enabled(_device(x).type):  # gates, states and sums are float32 whatever the projections are
+        with torch.autocast(_device(x).type, enabled=False):
+            return run(rec, x, state, span, backend=backend, chunk_size=chunk_size, causal=causal)
     if not torch.compiler.is_compiling():
         _check(rec, x, state, span, chunk_size)
     if state is None:

@@ -169,5 +169,5 @@ def convolve(
 
 
 def _stop(s: Tensors) -> int:
-    """Where the next input goes; not looked up where one place or none leaves no choice, for tensors without data."""
-    return int(s.stop[0]) if s.past.shape[1] > 1 and len(s.stop) else s.past.shape[1]
+    """Where the next input goes. An empty buffer is not asked, because torch.compile could not."""
+    return int(s.stop[0]) if s.past.shape[1] and len(s.stop) else s.past.shape[1]

@@ -19,7 +19,7 @@ from isotach.ops.engine import Span, run
 from isotach.ops.recurrence import Recurrence, Tensors, family
 from isotach.rng import generator
 
-SIZES = {"B": 2, "T": 37, "H": 2, "K": 4, "V": 6, "G": 1, "D": 16, "W": 4, "P": 2, "R": 3, "U": 2}
+SIZES = {"B": 2, "T": 37, "H": 2, "K": 4, "V": 6, "G": 1, "D": 16, "W": 4, "P": 2, "R": 3, "U": 2, "L": 40}
 CPU = torch.device("cpu")
 
 

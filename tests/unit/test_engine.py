@@ -10,6 +10,7 @@ from isotach.ops.decay import Decay
 from isotach.ops.engine import Span, run
 from isotach.ops.history import History
 from isotach.rng import generator
+from isotach.testing import subjects
 
 REC = Decay()
 
@@ -143,3 +144,15 @@ def test_appending_to_the_newest_state_copies_nothing() -> None:
     for t in range(6, 10):
         _, state = run(rec, history(1), state, Span.of(1, 1, start=t))
         assert state.k.data_ptr() == where
+
+
+@pytest.mark.parametrize("name", [subject.name for subject in subjects.families()])
+def test_autocast_does_not_reach_into_a_recurrence(name: str) -> None:
+    """Projections may be computed in bfloat16; what a memory sums up may not."""
+    subject = subjects.Family.named(name)
+    variant = subject.variants[0]
+    x, span = subject.example(variant, subjects.SIZES, torch.float32), Span.of(subjects.SIZES["B"], subjects.SIZES["T"])
+    expected, _ = subject.run(variant, x, None, span)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = subject.run(variant, x, None, span)
+    assert torch.equal(got, expected)

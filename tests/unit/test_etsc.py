@@ -231,7 +231,7 @@ def test_convert_prints_what_each_form_costs(to: str, tmp_path: Path, capsys: py
         (decoder(), ["out", "--to", "ssm"], "ssm"),
         (decoder(pattern=("lightning",)), ["out", "--lags", "4"], "got pattern lightning; start from a trained tnn"),
         (converted(decoder(), "etsc", lags=4), ["out", "--lags", "4"], "got pattern etsc"),
-        (decoder(tnn={"causal": False}), ["out", "--lags", "4"], "expected tnn.causal = true, got false"),
+        (decoder(tnn={"two_sided": True}), ["out", "--lags", "4"], "expected tnn.two_sided = false, got true"),
     ],
 )
 def test_convert_refuses(

@@ -74,8 +74,8 @@ def test_the_layer_is_its_equations(options: dict[str, Any]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_sets_are_read_both_ways() -> None:
-    layer, x = built(causal=False), normal(2, 7, 8)
+def test_tokens_may_look_both_ways() -> None:
+    layer, x = built(two_sided=True), normal(2, 7, 8)
     torch.testing.assert_close(
         layer(x, None, Span.of(2, 7))[0], written_out(layer, x, ahead=True), rtol=1e-6, atol=1e-7
     )
