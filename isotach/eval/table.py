@@ -148,7 +148,7 @@ def compute(table: TableConfig, folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def recall_model(table: TableConfig, name: str, width: int) -> ModelConfig:
-    """Two layers; only the mixer differs. Weights begin larger than in a language model, or attention stays flat long."""
+    """Two layers; only the mixer differs. Weights begin larger than in a language model, or attention starts flat."""
     shape: dict[str, Any] = {
         "vocab": table.recall.task.vocab,
         "width": width,

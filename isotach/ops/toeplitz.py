@@ -114,6 +114,9 @@ class Toeplitz(Recurrence):
         none = torch.zeros(rows, dtype=torch.int64, device=x.v.device)
         return self.State(x.v.new_empty(rows, 0, *x.v.shape[2:]), none, none, none.clone())
 
+    def stored(self, context: int) -> int:
+        return min(context, self.window or context)
+
     @staticmethod
     def compact(s: Tensors) -> State:
         longest, stop = int(s.length.max()) if len(s.length) else 0, _stop(s)
