@@ -100,6 +100,10 @@ class ModelConfig(Config):
                 if error.errors()[0]["loc"][:1] in (("width",), ("heads",)):
                     continue  # told below, where the key is the user's
                 raise ValueError(configuration.sentence(mixers.find(name).Config, name, error)) from None
+            if not (mixers.find(name).causal and getattr(options[name], "causal", True)):
+                raise ValueError(
+                    f"{name}: its tokens read later ones, which a language model has to predict; choose a causal mixer"
+                )
         return data | {"mixers": options}
 
     @model_validator(mode="after")

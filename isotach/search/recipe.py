@@ -83,11 +83,7 @@ class SearchRecipe(Config):
             raise ValueError(
                 "expected validation text to score patterns on, got none; set data.valid or data.valid_fraction"
             )
-        model = patterned(self.model, choices)
-        for name in choices:
-            if not (mixers.find(name).causal and getattr(model.mixers[name], "causal", True)):
-                raise ValueError(f"search.choices: expected causal mixers, got {name}, which looks ahead; leave it out")
-        return self.model_copy(update={"model": model})
+        return self.model_copy(update={"model": patterned(self.model, choices)})
 
     @model_serializer(mode="wrap")
     def _without_pattern(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -219,3 +219,10 @@ def test_saved_models_open_again_and_damaged_ones_do_not(tmp_path: Path) -> None
     weights.unlink()
     with pytest.raises(UserError, match="found none"):
         Decoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("table", [{"pattern": ["linear"], "linear": {"causal": False}}, {"pattern": ["vicinity"]}])
+def test_a_language_model_does_not_look_ahead(table: dict[str, object]) -> None:
+    shape = {"vocab": 11, "width": 16, "depth": 1, "heads": 2, "hidden": 16}
+    with pytest.raises(ValueError, match="its tokens read later ones, which a language model has to predict"):
+        ModelConfig.model_validate(shape | table)

@@ -461,7 +461,7 @@ def test_the_front_is_printed_and_its_recipes_train(
         (['search.choices=["softmax","lightening"]'], "search.choices: mixer 'lightening' is not known; did you mean"),
         (["search.choices=[]"], "search.choices: expected two mixers or more"),
         (['search.choices=["softmax","softmax"]'], "search.choices: expected two mixers or more, each once"),
-        (['search.choices=["softmax","vicinity"]'], "expected causal mixers, got vicinity"),
+        (['search.choices=["softmax","vicinity"]'], "vicinity: its tokens read later ones"),
         (['model.pattern=["softmax"]'], "model.pattern is what the search finds; leave it out"),
         (["data.valid_fraction=0"], "expected validation text to score patterns on, got none; set data.valid"),
         (["search.limits=[0.01]"], "search.limits: the cheapest pattern costs 0."),
