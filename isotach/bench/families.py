@@ -6,6 +6,7 @@ nothing. Two rows are held against our own decay family, of which they are speci
 """
 
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isotach.bench.ops import CORRECT, Contender, Shape, error, slopes
-from isotach.bench.report import Figure, Result, interleave, milliseconds, paired
+from isotach.bench.report import Figure, Result, interleave, milliseconds, paired, synchronize
 from isotach.ops.decay import Decay
 from isotach.ops.delta import Delta
 from isotach.ops.elementwise import Elementwise
@@ -29,6 +30,7 @@ from isotach.rng import generator
 WIDTHS = (64, 128)
 PASSES = ("forward", "forward + backward")
 SMALL = Shape(heads=2, tokens=147, width=32)  # crosses chunk boundaries and ends inside a chunk
+PATIENCE = 10.0  # seconds
 CHANNELS = 1536  # of the Toeplitz rows: three times 512, as published
 
 
@@ -68,9 +70,9 @@ def _fight(result: Result, name: str, duel: Duel, shape: Shape, rounds: int, dev
     built = {name: duel.ours(shape, device), duel.against: rival}
     with torch.no_grad():
         weights = {each: torch.randn_like(c.forward(*c.inputs)) for each, c in built.items()}
-        seconds = {"forward": interleave(_calls(built), rounds=rounds, device=device)}
+        seconds = {"forward": _timed(_calls(built), rounds, device)}
     both: dict[str, Callable[[], object]] = {each: partial(c.backward, weights[each]) for each, c in built.items()}
-    seconds["forward + backward"] = interleave(both, rounds=rounds, device=device)
+    seconds["forward + backward"] = _timed(both, rounds, device)
     for at, which in enumerate(PASSES):
         for each, times in seconds[which].items():
             result.rows.append({"contender": each, "width": shape.width, "pass": which, **milliseconds(times)})
@@ -83,6 +85,21 @@ def _fight(result: Result, name: str, duel: Duel, shape: Shape, rounds: int, dev
         else:
             ratio = paired(theirs, ours)
             result.figures.append(Figure(f"{where}, times faster than {duel.against}", ratio, at_least=duel.faster[at]))
+
+
+def _timed(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """As interleave; where one turn takes longer than PATIENCE, that turn is all there is."""
+    once: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        synchronize(device)
+        begin = time.perf_counter()
+        kept = call()
+        synchronize(device)
+        once[name] = [time.perf_counter() - begin]
+        del kept
+    if sum(seconds for (seconds,) in once.values()) > PATIENCE:
+        return once
+    return interleave(calls, rounds=rounds, device=device)
 
 
 def _calls(built: Mapping[str, Contender]) -> dict[str, Callable[[], object]]:
