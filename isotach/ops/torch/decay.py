@@ -181,18 +181,19 @@ class _Call:
         self.dtype = state_dtype(q)
         self._fades: dict[int, _Fade] = {}
         bounds, chunk = document_bounds(batch, time, cu_seqlens), min(chunk_size, max(1, batch * time))
+        size, heads, width, values = self.dtype.itemsize, self.heads, self.width, self.values
+
+        def lane_bytes(chunk: int) -> int:  # no method: the cycle would keep the call's tensors until collected
+            return size * heads * (width * values + chunk * (2 * width + 2 * values + chunk))
+
         self.loop = Loop(
             given,
             bounds,
             chunk=chunk,
             piece=self._piece(bounds, chunk),
-            lane_bytes=self._lane_bytes,
+            lane_bytes=lane_bytes,
             dtype=self.dtype,
         )
-
-    def _lane_bytes(self, chunk: int) -> int:
-        per_head = self.width * self.values + chunk * (2 * self.width + 2 * self.values + chunk)
-        return self.dtype.itemsize * self.heads * per_head
 
     def _piece(self, bounds: tuple[int, ...], chunk: int) -> int | None:
         """Tokens per lane where whole documents would make steps too small, else None."""

@@ -210,21 +210,21 @@ class _Call:
         self.readers = ("q", "read") if self.split else ("q", "k")
         self.writers = ("erase", "k") if self.split else ("k",)
         self.dtype = state_dtype(given["q"])
+        size, heads, width, values, sets = self.dtype.itemsize, self.heads, self.width, self.values, len(self.writers)
+
+        def lane_bytes(chunk: int) -> int:  # no method: the cycle would keep the call's tensors until collected
+            vectors = (3 + sets) * width + (1 + sets) * values + (1 + 2 * sets) * chunk
+            return size * heads * (width * values + chunk * vectors)
+
         self.loop = Loop(
             given,
             document_bounds(batch, time, cu_seqlens),
             chunk=min(chunk_size, max(1, batch * time)),
             piece=None,
-            lane_bytes=self._lane_bytes,
+            lane_bytes=lane_bytes,
             dtype=self.dtype,
         )
         self.fades = Fades(log_decay, self.loop, packed=cu_seqlens is not None)
-
-    def _lane_bytes(self, chunk: int) -> int:
-        sets = len(self.writers)
-        vectors = (3 + sets) * self.width + (1 + sets) * self.values + (1 + 2 * sets) * chunk
-        per_head = self.width * self.values + chunk * vectors
-        return self.dtype.itemsize * self.heads * per_head
 
     # ---- one run of chunks
 
