@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isotach import mixers
 from isotach.config import parse
 from isotach.errors import UserError
-from isotach.models.vision import Stage, Vision, VisionConfig, takes_sets, vvt
+from isotach.models.vision import Stage, Vision, VisionConfig, vvt
 from isotach.nn.mixer import Place
 from isotach.ops.engine import Span
 from isotach.rng import generator
@@ -198,8 +198,6 @@ def test_digits_are_learned(name: str, options: dict[str, Any]) -> None:
 
     The task does not need them: with the convolutions alone, trained so, it reaches 98 %.
     """
-    if not takes_sets(name):
-        pytest.skip(f"{name} has no option causal")
     whole, cut = learned(small((name,), options={name: options}))
     assert whole > 0.93
     assert cut < whole - 0.05
