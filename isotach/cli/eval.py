@@ -22,7 +22,7 @@ def eval(
     ),
     workers: Annotated[int, typer.Option(min=1, help="Cells computed at a time, a thread each.")] = 1,
 ) -> None:
-    """Compute what is missing, print the table, and save it as OUT/table.json and OUT/table.md."""
+    """Compute what is missing, print the tables, and save them as OUT/table.json, OUT/table.md and OUT/table.svg."""
     import json
 
     from rich.console import Console
@@ -31,6 +31,7 @@ def eval(
     from isotach import config
     from isotach.bench import report
     from isotach.data.stream import DataConfig
+    from isotach.eval import summary
     from isotach.eval import table as tables
     from isotach.files import check_writable, write_atomically
 
@@ -58,7 +59,7 @@ def eval(
         tables.make(loaded, out, workers=workers), "cells", total=len(everything), console=console, transient=True
     ):
         results[cell] = found
-    rows = tables.rows(loaded, results)
+    rows = summary.rows(loaded, results)
     document = {
         "machine": report.machine(),
         "commit": report.commit(),
@@ -66,5 +67,6 @@ def eval(
         "rows": rows,
     }
     write_atomically(out / "table.json", json.dumps(document, indent=1).encode() + b"\n")
-    write_atomically(out / "table.md", tables.markdown(rows).encode())
-    print(tables.markdown(rows), end="")
+    write_atomically(out / "table.md", summary.markdown(rows).encode())
+    print(summary.markdown(rows), end="")
+    summary.draw(rows, out / "table.svg")

@@ -5,7 +5,8 @@
 
 Keys come from the first half of the vocabulary, values from the second; between questions stand random tokens. Gaps
 follow a power law, so most questions come soon. A memory of n numbers can hold few pairs; attention holds all: the
-task shows how many a state of a given size keeps.
+task shows how many a state of a given size keeps. A model learns from sequences with few and with many pairs at once,
+because many alone are learned late or never, and is tested on each number by itself.
 
 Zoology (arXiv:2312.04927); the layout follows its released code (HazyResearch/zoology).
 """
@@ -31,11 +32,12 @@ IGNORED = -100  # a target that is not asked for
 
 
 class RecallConfig(Config):
-    """pairs: per sequence; length: tokens; vocab: half of it keys, half values; power: of the gaps' power law;
-    steps, rows: updates and sequences per update; lr: peak, falling on a cosine; warmup: updates.
+    """pairs: numbers of them in a sequence, one for each update in turn; length: tokens, or as many as the pairs need;
+    vocab: half of it keys, half values; power: of the gaps' power law; steps, rows: updates and sequences per update;
+    lr: peak, falling on a cosine; warmup: updates.
     """
 
-    pairs: Annotated[int, Field(ge=1)] = 8
+    pairs: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (4, 8, 16)
     length: Annotated[int, Field(ge=4)] = 64
     vocab: Annotated[int, Field(ge=4)] = 256
     power: Annotated[float, Field(gt=0)] = 0.01
@@ -48,25 +50,27 @@ class RecallConfig(Config):
 
 @dataclass(frozen=True)
 class Recall:
-    """accuracy: share of questions answered with their value, on sequences never trained on; seconds: of training."""
+    """accuracy: by number of pairs, the share of questions answered with their value, on sequences never trained on;
+    loss: nats per question, likewise; seconds: of training.
+    """
 
-    accuracy: float
-    loss: float
+    accuracy: dict[int, float]
+    loss: dict[int, float]
     seconds: float
 
 
-def examples(config: RecallConfig, rows: int, stream: torch.Generator) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+def examples(
+    config: RecallConfig, pairs: int, rows: int, stream: torch.Generator
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Tokens and targets of `rows` sequences; targets that are not asked for are IGNORED.
 
-    ValueError where the pairs and their questions do not fit.
+    ValueError where the vocabulary has too few keys.
     """
-    pairs, half = config.pairs, config.vocab // 2
-    slots = (config.length - 2 * pairs) // 2
-    if slots < pairs:
-        raise ValueError(f"recall: {pairs} pairs need a length of {4 * pairs}; got {config.length}; lengthen it")
+    half, length = config.vocab // 2, max(config.length, 4 * pairs)
+    slots = (length - 2 * pairs) // 2
     if pairs > half:
         raise ValueError(f"recall: {pairs} pairs need a vocabulary of {2 * pairs}; got {config.vocab}; enlarge it")
-    tokens = torch.randint(config.vocab, (rows, config.length), generator=stream)
+    tokens = torch.randint(config.vocab, (rows, length), generator=stream)
     targets = torch.full_like(tokens, IGNORED)
     keys = torch.rand(rows, half, generator=stream).argsort(1)[:, :pairs]
     values = half + torch.rand(rows, half, generator=stream).argsort(1)[:, :pairs]
@@ -92,16 +96,19 @@ def train_recall(decoder: Decoder, config: RecallConfig, *, seed: int = 0, tests
     parameters = list(decoder.parameters())
     begin = time.perf_counter()
     for step in range(config.steps):
-        tokens, targets = examples(config, config.rows, generator(seed, "recall", "train", str(step)))
+        stream = generator(seed, "recall", "train", str(step))
+        tokens, targets = examples(config, config.pairs[step % len(config.pairs)], config.rows, stream)
         loss = _nats(decoder, tokens, targets)
         if not math.isfinite(float(loss.detach())):
-            return Recall(0.0, math.inf, time.perf_counter() - begin)
+            nothing = dict.fromkeys(config.pairs, 0.0)
+            return Recall(nothing, dict.fromkeys(config.pairs, math.inf), time.perf_counter() - begin)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(cosine(step, steps=config.steps, warmup=config.warmup, floor=0.0))
         optimizer.zero_grad()
     seconds = time.perf_counter() - begin
-    return _tested(decoder, config, tests, generator(seed, "recall", "test"), seconds)
+    found = {n: _tested(decoder, config, n, tests, generator(seed, "recall", "test", str(n))) for n in config.pairs}
+    return Recall({n: right for n, (right, _) in found.items()}, {n: nats for n, (_, nats) in found.items()}, seconds)
 
 
 def _nats(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -112,14 +119,17 @@ def _nats(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _tested(decoder: Decoder, config: RecallConfig, tests: int, stream: torch.Generator, seconds: float) -> Recall:
+def _tested(
+    decoder: Decoder, config: RecallConfig, pairs: int, tests: int, stream: torch.Generator
+) -> tuple[float, float]:
+    """Share of right answers and nats per question over `tests` sequences."""
     right, nats, count = 0, 0.0, 0
     for first in range(0, tests, config.rows):
-        tokens, targets = examples(config, min(config.rows, tests - first), stream)
+        tokens, targets = examples(config, pairs, min(config.rows, tests - first), stream)
         hidden, _ = decoder.hidden(tokens.to(decoder.device))
         asked = targets != IGNORED
         logits = decoder.head(hidden[asked.to(decoder.device)]).float().cpu()
         right += int((logits.argmax(-1) == targets[asked]).sum())
         nats += float(F.cross_entropy(logits, targets[asked], reduction="sum"))
         count += int(asked.sum())
-    return Recall(right / count, nats / count, seconds)
+    return right / count, nats / count

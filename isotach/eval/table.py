@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,10 +41,13 @@ TIMED = 8  # updates and single tokens timed for a row
 
 
 class RecallGrid(Config):
-    """pairs, widths: the grid; a wider model has a larger state. task: everything else."""
+    """widths: of the models, a run each; a wider one has a larger state. rates: of learning; the first seed tries each,
+    because no one rate suits every mixer, and the others take the one that was better. task: everything else; one run
+    learns all numbers of pairs.
+    """
 
-    pairs: tuple[int, ...] = (4, 8, 16)
     widths: tuple[int, ...] = (32, 64)
+    rates: tuple[float, ...] = (3e-3, 1e-2)
     task: RecallConfig = RecallConfig()
 
 
@@ -61,8 +64,9 @@ class TextGrid(Config):
 
 
 class TableConfig(Config):
-    """mixers: every row, a name and the options of its [model.NAME]; full: the rows with the whole grid and all seeds,
-    the others have the first setting and the first seed; data: texts by name, given on the command line.
+    """mixers: every row, a mixer's name and the options of its [model.NAME]; NAME+VARIANT is a second row of a mixer
+    with other options; full: the rows with all widths and seeds, the others have the widest and the first seed; data:
+    texts by name, given on the command line.
     """
 
     mixers: dict[str, dict[str, Any]]
@@ -90,9 +94,10 @@ def cells(table: TableConfig) -> Iterator[Cell]:
     for name in sorted(table.mixers, key=lambda name: name not in table.full):
         whole = name in table.full
         seeds = table.seeds if whole else table.seeds[:1]
-        grid = list(itertools.product(table.recall.pairs, table.recall.widths))
-        for (pairs, width), seed in itertools.product(grid if whole else grid[-1:], seeds):
-            yield Cell("recall", name, f"{pairs}x{width}", seed)
+        widths = table.recall.widths if whole else table.recall.widths[-1:]
+        for width in widths:
+            yield from (Cell("recall", name, f"{width}at{rate:g}", seeds[0]) for rate in table.recall.rates)
+            yield from (Cell("recall", name, f"{width}", seed) for seed in seeds[1:])
         for text, seed in itertools.product(table.data, seeds):
             yield Cell("text", name, text, seed)
         yield Cell("speed", name, "tokens", 0)
@@ -108,15 +113,17 @@ def make(table: TableConfig, folder: Path, *, workers: int = 1) -> Iterator[tupl
         else:
             yield cell, found
     alone = [cell for cell in todo if cell.kind == "speed"]  # timed with nothing beside it
-    together = [cell for cell in todo if cell.kind != "speed"]
+    last = [cell for cell in todo if cell.kind == "recall" and "at" not in cell.setting]  # need the better rate
+    first = [cell for cell in todo if cell not in alone and cell not in last]
     if workers == 1:
-        for cell in together:
+        for cell in first + last:
             yield cell, compute(table, folder, cell)
     else:
         with ProcessPoolExecutor(max_workers=workers) as pool:
-            futures = {cell: pool.submit(compute, table, folder, cell) for cell in together}
-            for cell, future in futures.items():
-                yield cell, future.result()
+            for stage in (first, last):
+                futures = {cell: pool.submit(compute, table, folder, cell) for cell in stage}
+                for cell, future in futures.items():
+                    yield cell, future.result()
     for cell in alone:
         yield cell, compute(table, folder, cell)
 
@@ -140,11 +147,14 @@ def load(folder: Path, cell: Cell) -> dict[str, Any] | None:
 def compute(table: TableConfig, folder: Path, cell: Cell) -> dict[str, Any]:
     """The cell's result, written to its file."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # distance biases make weights so small that a processor takes ten times as long
     result = {"recall": _recall, "text": _text, "speed": _speed}[cell.kind](table, folder, cell)
     path = folder / cell.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(cell) | result, indent=1).encode() + b"\n")
-    return asdict(cell) | result
+    text = json.dumps(asdict(cell) | result, indent=1)
+    write_atomically(path, text.encode() + b"\n")
+    written: dict[str, Any] = json.loads(text)
+    return written
 
 
 def recall_model(table: TableConfig, name: str, width: int) -> ModelConfig:
@@ -157,14 +167,14 @@ def recall_model(table: TableConfig, name: str, width: int) -> ModelConfig:
         "hidden": 2 * width,
     }
     shape |= {"init_std": 0.1, "tie": False}
-    return _parsed(shape | {"pattern": [name], name: table.mixers[name]})
+    return _parsed(shape | _pattern(table, name))
 
 
 def text_model(table: TableConfig, name: str) -> ModelConfig:
     """The grid's model with this mixer, its GLU as wide as the parameters allow."""
 
     def count(hidden: int) -> int:
-        shape = table.text.model | {"pattern": [name], name: table.mixers[name], "hidden": hidden}
+        shape = table.text.model | _pattern(table, name) | {"hidden": hidden}
         with torch.device("meta"):
             return Decoder(_parsed(shape)).parameter_count()
 
@@ -175,7 +185,13 @@ def text_model(table: TableConfig, name: str) -> ModelConfig:
             f"table: {name} alone has {one:,} parameters, over the budget of {table.text.parameters:,}; "
             "raise text.parameters"
         )
-    return _parsed(table.text.model | {"pattern": [name], name: table.mixers[name], "hidden": hidden})
+    return _parsed(table.text.model | _pattern(table, name) | {"hidden": hidden})
+
+
+def _pattern(table: TableConfig, name: str) -> dict[str, Any]:
+    """What a row changes of a model."""
+    mixer = name.partition("+")[0]
+    return {"pattern": [mixer], mixer: table.mixers[name]}
 
 
 def _parsed(shape: dict[str, Any]) -> ModelConfig:
@@ -183,15 +199,26 @@ def _parsed(shape: dict[str, Any]) -> ModelConfig:
 
 
 def _recall(table: TableConfig, folder: Path, cell: Cell) -> dict[str, Any]:
-    pairs, width = map(int, cell.setting.split("x"))
-    task = table.recall.task.model_copy(update={"pairs": pairs, "length": max(table.recall.task.length, 8 * pairs)})
-    decoder = Decoder(recall_model(table, cell.mixer, width), seed=cell.seed)
+    width, _, rate = cell.setting.partition("at")
+    lr = float(rate) if rate else better_rate(table, folder, cell)
+    task = table.recall.task.model_copy(update={"lr": lr})
+    decoder = Decoder(recall_model(table, cell.mixer, int(width)), seed=cell.seed)
     found = train_recall(decoder, task, seed=cell.seed)
     return asdict(found) | {
+        "rate": lr,
         "parameters": decoder.parameter_count(),
         "state_bytes": decoder.state_bytes(task.length),
-        "length": task.length,
     }
+
+
+def better_rate(table: TableConfig, folder: Path, cell: Cell) -> float:
+    """The rate at which the first seed answered more; all rates must have been tried."""
+
+    def answered(rate: float) -> float:
+        tried = load(folder, Cell("recall", cell.mixer, f"{cell.setting}at{rate:g}", table.seeds[0]))
+        return -1.0 if tried is None else statistics.mean(tried["accuracy"].values())
+
+    return max(table.recall.rates, key=answered)
 
 
 def _text(table: TableConfig, folder: Path, cell: Cell) -> dict[str, Any]:
@@ -236,52 +263,3 @@ def _speed(table: TableConfig, folder: Path, cell: Cell) -> dict[str, Any]:
         "state_bytes": {str(context): decoder.state_bytes(context) for context in (1024, 65536)},
         "parameters": decoder.parameter_count(),
     }
-
-
-# ---- putting it together
-
-
-def rows(table: TableConfig, results: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per mixer: means over seeds, with their number; cells that are not there yet are left out."""
-
-    def mean(kind: Kind, name: str, setting: str, value: str) -> tuple[float, int] | None:
-        found = [r[value] for c, r in results.items() if (c.kind, c.mixer, c.setting) == (kind, name, setting)]
-        return (statistics.mean(found), len(found)) if found else None
-
-    out = []
-    for name in table.mixers:
-        row: dict[str, Any] = {"mixer": name}
-        for pairs, width in itertools.product(table.recall.pairs, table.recall.widths):
-            if got := mean("recall", name, f"{pairs}x{width}", "accuracy"):
-                row[f"recall {pairs} pairs, width {width}"] = got[0]
-        for text in table.data:
-            if got := mean("text", name, text, "valid_loss"):
-                row[f"{text} loss"], row["seeds"] = got
-            curves = [
-                r["by_context"]
-                for c, r in results.items()
-                if c.kind == "text" and c.mixer == name and c.setting == text
-            ]
-            for context in curves[0] if curves else ():
-                row[f"{text} loss at {context}"] = statistics.mean(curve[context] for curve in curves)
-        for cell, found in results.items():
-            if cell.kind == "speed" and cell.mixer == name:
-                row |= {key: found[key] for key in ("train_ms_per_token", "decode_ms_per_token", "parameters")}
-                row |= {f"state bytes at {context}": size for context, size in found["state_bytes"].items()}
-        out.append(row)
-    return out
-
-
-def markdown(found: Iterable[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table; what a row lacks is empty."""
-    found = list(found)
-    columns = list(dict.fromkeys(key for row in found for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_written(row.get(column)) for column in columns) + " |" for row in found]
-    return "\n".join(lines) + "\n"
-
-
-def _written(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from isotach.config import parse
 from isotach.errors import UserError
+from isotach.eval import summary
 from isotach.eval import table as tables
 from isotach.eval.perplexity import by_context
 from isotach.eval.recall import IGNORED, RecallConfig, examples, train_recall
@@ -25,8 +27,8 @@ def model(**shape: object) -> Decoder:
 
 
 def test_every_question_is_answered_by_its_own_pair() -> None:
-    config = RecallConfig(pairs=5, length=64, vocab=40)
-    tokens, targets = examples(config, 50, generator(0, "examples"))
+    config = RecallConfig(length=64, vocab=40)
+    tokens, targets = examples(config, 5, 50, generator(0, "examples"))
     assert tokens.shape == targets.shape == (50, 64)
     for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
         pairs = dict(zip(row[0:10:2], row[1:10:2], strict=True))
@@ -40,27 +42,31 @@ def test_every_question_is_answered_by_its_own_pair() -> None:
 
 def test_questions_come_soon_after_the_pairs() -> None:
     """Gaps follow power · gap^(power - 1), drawn without replacement: nearly 1 / gap for a small power."""
-    config = RecallConfig(pairs=1, length=202, vocab=40)
-    _, targets = examples(config, 20_000, generator(0, "gaps"))
+    config = RecallConfig(length=202, vocab=40)
+    _, targets = examples(config, 1, 20_000, generator(0, "gaps"))
     gap = ((targets != IGNORED).int().argmax(1) - 2) // 2 + 1
     expected = torch.arange(1, 101).double() ** (config.power - 1)
     shares = torch.bincount(gap, minlength=101)[1:].double() / len(gap)
     torch.testing.assert_close(shares[:5], (expected / expected.sum())[:5], atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [({"pairs": 20}, "20 pairs need a length of 80"), ({"pairs": 10, "vocab": 16}, "need a vocabulary of 20")],
-)
-def test_pairs_that_do_not_fit_are_refused(options: dict[str, int], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        examples(RecallConfig(**options), 1, generator(0, "x"))
+def test_a_sequence_is_as_long_as_its_pairs_need() -> None:
+    tokens, targets = examples(RecallConfig(length=16, vocab=40), 8, 3, generator(0, "long"))
+    assert tokens.shape == (3, 32)
+    assert ((targets != IGNORED).sum(1) == 8).all()
+
+
+def test_pairs_without_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="10 pairs need a vocabulary of 20"):
+        examples(RecallConfig(vocab=16), 10, 1, generator(0, "x"))
 
 
 def test_softmax_learns_to_recall() -> None:
     decoder = model(vocab=32, width=32, depth=2, hidden=64, pattern=("softmax",), init_std=0.1, tie=False)
-    task = RecallConfig(pairs=2, length=16, vocab=32, steps=400, rows=64, lr=3e-3, warmup=20)
-    assert train_recall(decoder, task, tests=256).accuracy > 0.9
+    task = RecallConfig(pairs=(1, 2), length=16, vocab=32, steps=400, rows=64, lr=3e-3, warmup=20)
+    found = train_recall(decoder, task, tests=256)
+    assert min(found.accuracy.values()) > 0.9
+    assert set(found.accuracy) == set(found.loss) == {1, 2}
 
 
 @torch.no_grad()
@@ -92,10 +98,14 @@ def table(tmp_path: Path) -> TableConfig:
     return parse(
         TableConfig,
         {
-            "mixers": {"lightning": {"lrpe": "all"}, "softmax": {}},
+            "mixers": {"lightning": {"lrpe": "all"}, "softmax": {}, "softmax+rope_off": {"positions": "none"}},
             "full": ["lightning"],
             "seeds": [0, 1],
-            "recall": {"pairs": [1, 2], "widths": [16], "task": {"length": 16, "vocab": 16, "steps": 3, "rows": 4}},
+            "recall": {
+                "widths": [16],
+                "rates": [1e-3, 1e-2],
+                "task": {"pairs": [1, 2], "length": 16, "vocab": 16, "steps": 3, "rows": 4},
+            },
             "text": {
                 "parameters": 8000,
                 "model": TINY,
@@ -127,14 +137,46 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(before) == 4
     results = dict(tables.make(config, folder))
     assert set(results) == set(tables.cells(config))
+    by_setting = {c.setting: r for c, r in results.items() if c.kind == "recall" and c.mixer == "lightning"}
+    better = max((by_setting["16at0.001"], by_setting["16at0.01"]), key=lambda r: sum(r["accuracy"].values()))
+    assert by_setting["16"]["rate"] == better["rate"]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    rows = tables.rows(config, results)
-    assert [row["mixer"] for row in rows] == ["lightning", "softmax"]
-    assert rows[0]["recall 1 pairs, width 16"] is not None
-    assert {"hamlet loss", "hamlet loss at 32", "hamlet loss at 64", "decode_ms_per_token"} <= set(rows[1])
-    assert tables.markdown(rows).count("\n") == 4
+    assert [row["mixer"] for row in summary.rows(config, results)] == ["lightning", "softmax", "softmax+rope_off"]
     saved = json.loads((folder / tables.Cell("text", "softmax", "hamlet", 0).file).read_text())
-    assert saved["valid_loss"] == pytest.approx(rows[1]["hamlet loss"])
+    assert saved["valid_loss"] == summary.rows(config, results)[1]["text"]["hamlet"]["loss"]["mean"]
+
+
+def test_a_row_has_the_better_rate_and_the_spread_of_its_seeds(tmp_path: Path) -> None:
+    config = table(tmp_path)
+
+    def recall(setting: str, seed: int, few: float, many: float, rate: float) -> tuple[tables.Cell, dict[str, Any]]:
+        accuracy = {"1": few, "2": many}
+        return tables.Cell("recall", "lightning", setting, seed), {
+            "accuracy": accuracy,
+            "state_bytes": 64,
+            "rate": rate,
+        }
+
+    tried = [recall("16at0.001", 0, 1.0, 0.2, 1e-3), recall("16at0.01", 0, 0.8, 0.6, 1e-2)]
+    row, *rest = summary.rows(config, dict([*tried, recall("16", 1, 1.0, 0.4, 1e-2)]))
+    (entry,) = row["recall"]
+    assert entry["rate"] == 1e-2
+    assert entry["accuracy"]["1"] == pytest.approx({"mean": 0.9, "low": 0.8, "high": 1.0, "seeds": 2})
+    assert all(not other["recall"] and not other["text"] for other in rest)
+    page = summary.markdown([row, *rest])
+    assert "| lightning | 90.0 | 50.0 | 64 | 0.01 |" in page
+    assert "| softmax |  |  |  |  |" in page
+
+
+def test_a_table_is_drawn_however_much_of_it_is_there(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    config = table(tmp_path)
+    some = [cell for cell in tables.cells(config) if cell.kind == "text" and cell.mixer == "softmax"]
+    found = {cell: {"valid_loss": 2.0, "by_context": {"32": 2.1, "64": 2.05}} for cell in some}
+    summary.draw(summary.rows(config, found), tmp_path / "table.svg")
+    picture = (tmp_path / "table.svg").read_text()
+    assert "hamlet" in picture
+    assert "softmax+rope_off" in picture
 
 
 def test_a_budget_below_the_mixer_is_refused(tmp_path: Path) -> None:
