@@ -39,7 +39,7 @@ bench: $(VENV)/.ready-all
 	$(BIN)/isotach bench train --device $(DEVICE) --out $(RESULTS)
 
 docs: $(VENV)/.ready-all
-	$(BIN)/python tools/docs.py
+	$(BIN)/python -m tools.docs
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

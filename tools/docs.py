@@ -1,7 +1,7 @@
 """Keeps the documentation true: generated pages and pictures, runnable examples, links that resolve.
 
-    python tools/docs.py           write what is generated (the laws are measured, which takes minutes), then check
-    python tools/docs.py --check   only say what is stale or broken; exit code 1 if anything is
+    python -m tools.docs           write what is generated (the laws are measured, which takes minutes), then check
+    python -m tools.docs --check   only say what is stale or broken; exit code 1 if anything is
 
 The errors that a mixer's page reports were measured when it was generated; `--check` takes them from the page and
 compares everything else.
@@ -34,6 +34,7 @@ from isotach.ops.chunks import Block, plan
 from isotach.ops.engine import Span
 from isotach.testing import laws
 from isotach.testing.subjects import Family, Layer, families
+from tools import results
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -319,6 +320,7 @@ def files(*, measure: bool) -> Iterator[tuple[Path, str]]:
     """Every generated file and what it should hold; without `measure`, errors are those that the page has."""
     yield DOCS / "concepts" / "scales.svg", scales_picture()
     yield DOCS / "concepts" / "lanes.svg", lanes_picture()
+    yield DOCS / "results.md", results.page()
     yield MIXERS / "README.md", index()
     for name in own_mixers():
         path = MIXERS / f"{name}.md"
@@ -331,7 +333,7 @@ def stale() -> list[str]:
     wanted = dict(files(measure=False))
     found = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     found += [path for path in MIXERS.glob("*.md") if path not in wanted]
-    return [f"{path.relative_to(ROOT)} is stale; run python tools/docs.py" for path in found]
+    return [f"{path.relative_to(ROOT)} is stale; run python -m tools.docs" for path in found]
 
 
 def pages() -> list[Path]:

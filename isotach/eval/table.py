@@ -65,8 +65,8 @@ class TextGrid(Config):
 
 class TableConfig(Config):
     """mixers: every row, a mixer's name and the options of its [model.NAME]; NAME+VARIANT is a second row of a mixer
-    with other options; full: the rows with all widths and seeds, the others have the widest and the first seed; data:
-    texts by name, given on the command line.
+    with other options; full: the rows with all widths, texts and seeds, the others have the widest, the first text and
+    the first seed; data: texts by name, given on the command line.
     """
 
     mixers: dict[str, dict[str, Any]]
@@ -98,7 +98,7 @@ def cells(table: TableConfig) -> Iterator[Cell]:
         for width in widths:
             yield from (Cell("recall", name, f"{width}at{rate:g}", seeds[0]) for rate in table.recall.rates)
             yield from (Cell("recall", name, f"{width}", seed) for seed in seeds[1:])
-        for text, seed in itertools.product(table.data, seeds):
+        for text, seed in itertools.product(list(table.data)[: None if whole else 1], seeds):
             yield Cell("text", name, text, seed)
         yield Cell("speed", name, "tokens", 0)
 

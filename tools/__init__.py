@@ -1,0 +1,1 @@
+"""What keeps the project true: its documentation and its demo."""
