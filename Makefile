@@ -35,6 +35,7 @@ gpu: $(VENV)/.ready-all
 bench: $(VENV)/.ready-all
 	$(BIN)/isotach bench ops --device $(DEVICE) --out $(RESULTS)
 	$(BIN)/isotach bench families --device $(DEVICE) --out $(RESULTS)
+	$(BIN)/isotach bench mixers --device $(DEVICE) --out $(RESULTS)
 	$(BIN)/isotach bench decode --device $(DEVICE) --out $(RESULTS)
 	$(BIN)/isotach bench train --device $(DEVICE) --out $(RESULTS)
 

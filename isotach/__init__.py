@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from isotach.models.state import DecoderState
     from isotach.ops.decay import Decay
     from isotach.ops.engine import Span, run
+    from isotach.serve.engine import Engine
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _HOME = {
     "Decay": "isotach.ops.decay",
     "Decoder": "isotach.models.decoder",
     "DecoderState": "isotach.models.state",
+    "Engine": "isotach.serve.engine",
     "ModelConfig": "isotach.models.decoder",
     "Sampling": "isotach.infer.sample",
     "Session": "isotach.infer.generate",
@@ -37,6 +39,7 @@ __all__ = [
     "Decay",
     "Decoder",
     "DecoderState",
+    "Engine",
     "ModelConfig",
     "Sampling",
     "Session",

@@ -1,15 +1,19 @@
 """Shapes as data: what `Float[Tensor, "B #T H K"]` in a NamedTuple says is checked, sliced and drawn from here.
 
 An axis name binds to one size across all fields; `#T` also accepts 1 (the value is shared along that axis), and `1` is
-always 1.
+always 1. Where not every number will do, the values stand beside the shape: `Annotated[Float[...], Within(...)]`.
 B batch, T time, H heads, K/V key/value width, D model width, S stored tokens.
 """
 
+import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from isotach.errors import UserError
 
 
 class Axis(NamedTuple):
@@ -17,10 +21,25 @@ class Axis(NamedTuple):
     shared: bool  # may be 1 whatever the name's size
 
 
+class Within(NamedTuple):
+    """The values from low to high, both included; `remedy` says how to come by them."""
+
+    low: float
+    high: float
+    remedy: str
+
+    def __str__(self) -> str:
+        if math.isinf(self.low):
+            return f"at most {self.high:g}"
+        return f"at least {self.low:g}" if math.isinf(self.high) else f"between {self.low:g} and {self.high:g}"
+
+
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 N = TypeVar("N", bound=tuple[Any, ...])
 
-_axes: dict[type, dict[str, tuple[Axis, ...]]] = {}  # a plain dict: torch.compile does not see through functools.cache
+# Plain dicts: torch.compile does not see through functools.cache.
+_axes: dict[type, dict[str, tuple[Axis, ...]]] = {}
+_limits: dict[type, dict[str, Within]] = {}
 
 
 def axes(cls: type[tuple[Any, ...]]) -> dict[str, tuple[Axis, ...]]:
@@ -33,6 +52,18 @@ def axes(cls: type[tuple[Any, ...]]) -> dict[str, tuple[Axis, ...]]:
     return _axes[cls]
 
 
+def limits(cls: type[tuple[Any, ...]]) -> dict[str, Within]:
+    """The declared values of every field of a NamedTuple class that declares some."""
+    if cls not in _limits:
+        _limits[cls] = {
+            field: mark
+            for field, annotation in cls.__annotations__.items()
+            for mark in getattr(annotation, "__metadata__", ())
+            if isinstance(mark, Within)
+        }
+    return _limits[cls]
+
+
 def check(who: str, value: tuple[Any, ...]) -> dict[str, int]:
     """Bind every axis name to its size; ValueError tells who, expected, got and the remedy."""
     sizes = {"1": 1}
@@ -42,6 +73,17 @@ def check(who: str, value: tuple[Any, ...]) -> dict[str, int]:
             raise ValueError(_complaint(who, field, shape, declared, sizes))
         sizes |= {axis.name: size for axis, size in zip(declared, shape, strict=True) if not axis.shared}
     return sizes
+
+
+def check_values(who: str, value: tuple[Any, ...]) -> None:
+    """UserError where a field holds a number outside its limits; what is not a number is left to show in the result."""
+    for field, within in limits(type(value)).items():
+        leaf = getattr(value, field).detach()
+        if not leaf.numel():
+            continue
+        for bound, reduce, outside in ((within.high, torch.amax, operator.gt), (within.low, torch.amin, operator.lt)):
+            if not math.isinf(bound) and outside(extreme := float(reduce(leaf)), bound):
+                raise UserError(f"{who}: {field} must be {within}; got {extreme:g}; {within.remedy}")
 
 
 def example(
@@ -97,6 +139,17 @@ def time_slice(value: N, start: int, stop: int) -> N:
         at = next((i for i, axis in enumerate(declared) if axis.name == "T"), None)
         keep = at is None or (declared[at].shared and tensor.shape[at] == 1)
         fields.append(tensor if keep else tensor.narrow(at, start, stop - start))
+    return type(value)(*fields)
+
+
+def batch_slice(value: N, row: int) -> N:
+    """One row of every field that has a batch axis, as a batch of one."""
+    fields = []
+    for field, declared in axes(type(value)).items():
+        tensor = getattr(value, field)
+        at = next((i for i, axis in enumerate(declared) if axis.name == "B"), None)
+        keep = at is None or (declared[at].shared and tensor.shape[at] == 1)
+        fields.append(tensor if keep else tensor.narrow(at, row, 1))
     return type(value)(*fields)
 
 

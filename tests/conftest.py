@@ -10,6 +10,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: then it runs on the CPU, if slowly
+
 hypothesis.settings.register_profile("isotach", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("isotach")
 

@@ -13,6 +13,7 @@ import functools
 import inspect
 import io
 import itertools
+import json
 import pkgutil
 import re
 import sys
@@ -39,6 +40,7 @@ from tools import results
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MIXERS = DOCS / "mixers"
+SPEED = ROOT / "benchmarks" / "results" / "mixers.json"
 SHOWN = ("tnl-1m", "tnl-44m", "tnl-1b")  # presets whose state sizes a mixer's page gives
 NO_CASES = "–"
 
@@ -62,6 +64,7 @@ def generated(name: str, errors: Errors) -> str:
                 options(mixers.find(name)),
                 "## State",
                 state_sizes(name),
+                *_titled("## Speed", speed(name)),
                 "## Laws",
                 law_table(name, errors),
                 f"Source: [isotach/mixers/{name}.py](../../isotach/mixers/{name}.py)",
@@ -119,6 +122,33 @@ def state_sizes(name: str) -> str:
         rows.append(f"| {model} | all {len(states)} | | **{total}** |")
     verdict = "The state grows with every token" if growing else "The state has this size after one token or a million"
     return f"{verdict}; weights in float32, mixer options at their defaults.\n\n" + "\n".join(rows)
+
+
+def speed(name: str) -> str:
+    """What `isotach bench mixers` measured of the mixer; empty where it has not."""
+    if not SPEED.exists():
+        return ""
+    measured = json.loads(SPEED.read_text(encoding="utf-8"))
+    rows = ["| tokens T | ms per token, read at once | ms of a step after them | bytes of state |", "|---|---|---|---|"]
+    for row in measured["rows"]:
+        if row["mixer"] == name:
+            step = f"{row['step_ms']:.3g}" if "step_ms" in row else ""
+            rows.append(f"| {row['tokens']:,} | {row['ms_per_token']:.3g} | {step} | {row['state_bytes']:,} |")
+    if len(rows) == 2:
+        return ""
+    how, on = measured["settings"], measured["machine"]
+    head = (
+        f"One layer, width {how['width']}, {how['heads']} heads, {how['dtype']}, on {on['gpu'] or on['cpu']} "
+        f"with {on['threads']} threads, {measured['date'][:10]}; medians. "
+        "`isotach bench mixers` measures it on your machine."
+    )
+    busy = " The machine was not idle." if measured["idle"] is False else ""
+    return f"{head}{busy}\n\n" + "\n".join(rows)
+
+
+def _titled(title: str, text: str) -> list[str]:
+    """A section, or none where there is nothing to say."""
+    return [title, text] if text else []
 
 
 def law_table(name: str, errors: Errors) -> str:

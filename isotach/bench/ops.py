@@ -2,6 +2,9 @@
 
 Contenders get contiguous inputs in the layout they prefer, in float32, and the default allocator. FLOPs are counted as
 B·H·T·(4·64·D + 4·D²) whatever chunk an implementation chooses: two products with 64 keys per token, two with the state.
+
+On a GPU the kernels are contenders too, and are measured once more in bfloat16 at a size that fills the device, against
+what a copy moves in the same run: each of q, k, v, o and of the gradients read or written once.
 """
 
 import json
@@ -24,6 +27,7 @@ from isotach.ops.engine import Span, run
 from isotach.rng import generator
 
 BOUNDS = {("forward", "minimax"): 1.8, ("forward", "softmax"): 6.0, ("forward + backward", "minimax"): 1.9}
+KERNEL_BOUNDS = {"forward": 0.40, "forward + backward": 1.5}  # milliseconds, on an H200
 CORRECT = 1e-4  # relative error above which a contender is refused
 MATRIX = 1024  # side of the product whose rate stands for the machine's
 PRODUCT = f"{MATRIX}³ product"
@@ -45,6 +49,10 @@ class Shape(NamedTuple):
 
 
 FULL = Shape()
+FILLING = Shape(batch=8, heads=16, tokens=8192)  # of the kernels in bfloat16
+LENGTHS = (4096, 65536, 1 << 20)  # of rows, in a batch of as many tokens as the longest has
+CORRECT_16 = 0.02  # as CORRECT, for bfloat16: a few times its last bit, as errors are the largest over the largest
+COPIED = 1 << 30  # bytes of the copy that stands for the device's memory
 SMALL = Shape(heads=2, tokens=333, width=32, documents=40)  # crosses chunk boundaries and ends inside a chunk
 
 
@@ -135,16 +143,17 @@ def measure(*, device: torch.device, shape: Shape = FULL, rounds: int = 20, weig
     beside = error_beside_transformers()
     settings = {**shape._asdict(), "dtype": "float32", "device": str(device), "error_beside_transformers": beside}
     result = Result(settings)
-    errors = {name: error(build(SMALL, device)) for name, build in CONTENDERS.items()}
+    everybody = contenders(device)
+    errors = {name: error(build(SMALL, device)) for name, build in everybody.items()}
     errors["minimax"] = max(errors["minimax"], beside or 0.0)
     for name, value in errors.items():
         if value > CORRECT:
             result.refused.append(f"{name}: relative error {value:.1e}, over {CORRECT:.0e}")
 
-    built = {name: build(shape, device) for name, build in CONTENDERS.items() if errors[name] <= CORRECT}
+    built = {name: build(shape, device) for name, build in everybody.items() if errors[name] <= CORRECT}
     seconds = {"forward": _forward(built, rounds, device), "forward + backward": _both(built, rounds, device)}
-    for which, contenders in seconds.items():
-        for name, times in contenders.items():
+    for which, timed in seconds.items():
+        for name, times in timed.items():
             result.rows.append({"contender": name, "pass": which, **milliseconds(times), "error": errors.get(name)})
     result.figures = _figures(shape, seconds)
 
@@ -156,7 +165,14 @@ def measure(*, device: torch.device, shape: Shape = FULL, rounds: int = 20, weig
             for row in weighed
             if row["contender"] == "decay, learned"
         ]
+    if device.type == "cuda":
+        _measure_kernels(result, device)
     return result
+
+
+def contenders(device: torch.device) -> dict[str, Callable[[Shape, torch.device], Contender]]:
+    """Everybody who can run on `device`, by name."""
+    return CONTENDERS | (KERNELS if device.type == "cuda" else {})
 
 
 def error(contender: Contender) -> float:
@@ -220,6 +236,65 @@ def _both(built: Mapping[str, Contender], rounds: int, device: torch.device) -> 
     return interleave(calls, rounds=rounds, device=device)
 
 
+def _measure_kernels(result: Result, device: torch.device) -> None:
+    """Rows and figures of the kernels in bfloat16; a wrong one is refused."""
+    source = torch.empty(COPIED, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copy = 2 * COPIED / (1e-3 * _by_events(lambda: target.copy_(source))["ms"])
+    del source, target
+    result.figures.append(Figure("GB/s of a copy", 1e-9 * copy))
+    for kind in ("fixed", "token"):
+        build = _decay(kind, "triton", torch.bfloat16)
+        if (wrong := error(build(SMALL, device))) > CORRECT_16:
+            result.refused.append(f"decay, {kind}, bfloat16: relative error {wrong:.1e}, over {CORRECT_16:.0e}")
+            continue
+        shapes = [FILLING]
+        if kind == "fixed":
+            shapes += [FILLING._replace(batch=LENGTHS[-1] // tokens, tokens=tokens) for tokens in LENGTHS]
+        for shape in shapes:
+            result.rows += _kernel_rows(f"decay, {kind}, bfloat16", build(shape, device), shape, copy)
+    _kernel_figures(result)
+
+
+def _kernel_rows(name: str, contender: Contender, shape: Shape, copy: float) -> list[Row]:
+    with torch.no_grad():
+        weights = torch.randn_like(contender.forward(*contender.inputs))
+        forward = _by_events(lambda: contender.forward(*contender.inputs))
+    both = _by_events(lambda: contender.backward(weights))
+    rows = []
+    for which, times, tensors in (("forward", forward, 4), ("forward + backward", both, 11)):
+        least = tensors * weights.nbytes / copy
+        rows.append({"contender": name, "pass": _pass(which, shape), **times, "of_copy": 1e3 * least / times["ms"]})
+    return rows
+
+
+def _by_events(call: Callable[[], object]) -> Row:
+    """As milliseconds, by the device's own clock: launches are queued behind the clearing of its cache."""
+    from triton.testing import do_bench
+
+    low, middle, high = do_bench(call, warmup=50, rep=300, quantiles=[0.25, 0.5, 0.75])
+    return {"ms": middle, "ms_quartiles": [low, high]}
+
+
+def _kernel_figures(result: Result) -> None:
+    """The bounds at the filling shape, and what a token costs in the longest row over the shortest."""
+    times = {row["pass"]: row["ms"] for row in result.rows if row["contender"] == "decay, fixed, bfloat16"}
+    if not times:
+        return
+    for which, bound in KERNEL_BOUNDS.items():
+        figure = Figure(f"{which}, ms of the kernel in bfloat16", times[_pass(which, FILLING)], at_most=bound)
+        result.figures.append(figure)
+    short, long = (
+        times[_pass("forward + backward", FILLING._replace(batch=LENGTHS[-1] // tokens, tokens=tokens))]
+        for tokens in (LENGTHS[0], LENGTHS[-1])
+    )
+    result.figures.append(Figure(f"cost of a token at {LENGTHS[-1]:,} over {LENGTHS[0]:,}", long / short, at_most=1.15))
+
+
+def _pass(which: str, shape: Shape) -> str:
+    return f"{which}, B{shape.batch} H{shape.heads} T{shape.tokens} D{shape.width}"
+
+
 def _figures(shape: Shape, seconds: Mapping[str, Mapping[str, list[float]]]) -> list[Figure]:
     """Ratios to our operator with a fixed decay per head, of the contenders that were not refused."""
     product = seconds["forward"][PRODUCT]
@@ -239,7 +314,9 @@ def _figures(shape: Shape, seconds: Mapping[str, Mapping[str, list[float]]]) -> 
     return figures
 
 
-def _decay(kind: str) -> Callable[[Shape, torch.device], Contender]:
+def _decay(
+    kind: str, backend: Backend = "torch", dtype: torch.dtype = torch.float32
+) -> Callable[[Shape, torch.device], Contender]:
     """Our operator, (B, T, H, D): `fixed` or `learned` decay per head, one per `token`, one per `channel`, `packed`."""
 
     def build(shape: Shape, device: torch.device) -> Contender:
@@ -251,14 +328,15 @@ def _decay(kind: str) -> Callable[[Shape, torch.device], Contender]:
             (gate,) = _normal((batch, tokens, heads, width if kind == "channel" else 1), device, "gate")
             log_decay = F.logsigmoid(gate.detach()) / 16  # as in Gated Linear Attention
         else:
-            log_decay = -slopes(heads, device).view(1, 1, heads, 1)
+            log_decay = -slopes(heads, device).view(1, 1, heads, 1).repeat(batch, 1, 1, 1)
         log_decay.requires_grad_(kind in ("learned", "token", "channel"))
 
         def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: Backend) -> Tensor:
             return run(Decay(), Decay.Inputs(q, k, v, log_decay), None, span, backend=backend)[0]
 
-        inputs = (*_normal((batch, tokens, heads, width), device, "q", "k", "v"), log_decay)
-        return Contender(partial(attend, backend="torch"), partial(attend, backend="reference"), inputs)
+        rows = _normal((batch, tokens, heads, width), device, "q", "k", "v")
+        inputs = (*(row.detach().to(dtype).requires_grad_() for row in rows), log_decay)
+        return Contender(partial(attend, backend=backend), partial(attend, backend="reference"), inputs)
 
     return build
 
@@ -292,7 +370,8 @@ def _softmax(shape: Shape, device: torch.device) -> Contender:
 
 
 def _normal(size: tuple[int, ...], device: torch.device, *names: str) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(size, generator=generator(0, name)).to(device).requires_grad_() for name in names)
+    draws = (torch.randn(size, generator=generator(0, name, device=device), device=device) for name in names)
+    return tuple(draw.requires_grad_() for draw in draws)
 
 
 CONTENDERS: dict[str, Callable[[Shape, torch.device], Contender]] = {
@@ -303,4 +382,9 @@ CONTENDERS: dict[str, Callable[[Shape, torch.device], Contender]] = {
     "decay, per token": _decay("token"),
     "decay, per channel": _decay("channel"),
     "decay, packed": _decay("packed"),
+}
+KERNELS: dict[str, Callable[[Shape, torch.device], Contender]] = {
+    "decay, triton": _decay("fixed", "triton"),
+    "decay, per token, triton": _decay("token", "triton"),
+    "decay, packed, triton": _decay("packed", "triton"),
 }

@@ -1,8 +1,8 @@
 """The command line: one file in this folder is one verb, and the file name is its name.
 
-A verb is a plain function called like its file; it imports what is heavy inside itself, so that every other verb
-and `--help` stay quick. Whatever the user can mend is one sentence on standard error and exit code 2; anything else
-is a bug and keeps its traceback.
+A verb is a plain function called like its file, or a typer application with verbs of its own; it imports what is heavy
+inside itself, so that every other verb and `--help` stay quick. Whatever the user can mend is one sentence on standard
+error and exit code 2; anything else is a bug and keeps its traceback.
 """
 
 import errno
@@ -63,7 +63,11 @@ def app() -> typer.Typer:
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     application.callback()(isotach)
     for verb in verbs():
-        application.command(verb)(getattr(importlib.import_module(f"{__name__}.{verb}"), verb))
+        command = getattr(importlib.import_module(f"{__name__}.{verb}"), verb)
+        if isinstance(command, typer.Typer):
+            application.add_typer(command, name=verb)
+        else:
+            application.command(verb)(command)
     return application
 
 

@@ -12,8 +12,9 @@ import typer
 from isotach.cli.generate import Device, MaxTokens, MinP, RepetitionPenalty, Run, Seed, Stop, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
-    from isotach.infer.generate import Session
     from isotach.infer.sample import Sampling
+    from isotach.infer.snapshot import Snapshot
+    from isotach.serve.engine import Engine
 
 HERE = "{user}"
 HELP = """/save PATH  write the conversation's state to a file
@@ -46,9 +47,9 @@ def chat(
     """Talk with a model, line by line; /help lists the commands. The state keeps its size however long you talk."""
     from isotach import config
     from isotach.errors import UserError
-    from isotach.infer.generate import Session
     from isotach.infer.open import open_checkpoint
     from isotach.infer.sample import Sampling
+    from isotach.serve.engine import Engine
     from isotach.train.checkpoint import resolve
 
     template = template.replace("\\n", "\n")
@@ -66,51 +67,58 @@ def chat(
         "stop": [*(stop or ()), *([f"\n{cue}"] if cue else ())],
     }
     sampling = config.parse(Sampling, settings, who="chat").seeded()
-    decoder, tokenizer = open_checkpoint(resolve(run), device=device)
-
-    def begin(path: Path | None) -> Session:
-        if path is None:
-            return Session(decoder, tokenizer, keep_tokens=False)
-        return Session.load(path, decoder, tokenizer)
-
-    session = begin(state)
-    print(f"seed {sampling.seed}; /help lists the commands", file=sys.stderr)
-    while (line := _ask()) is not None:
-        command, _, argument = line.strip().partition(" ")
-        try:
-            match command, argument.strip():
-                case "", "":
-                    continue
-                case "/quit", "":
-                    return
-                case "/help", "":
-                    print(HELP, file=sys.stderr)
-                    continue
-                case "/reset", "":
-                    session = begin(None)
-                case "/load", path if path:
-                    session = begin(Path(path))
-                case "/save", path if path:
-                    session.save(Path(path))
-                case _ if command.startswith("/"):
-                    print(f"{command}: no such command, or a path is missing; /help lists them", file=sys.stderr)
-                    continue
-                case _:
-                    _answer(session, template.replace(HERE, line), sampling)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            continue
-        print(f"[{len(session):,} tokens, state {session.nbytes():,} bytes]", file=sys.stderr)
+    with Engine(*open_checkpoint(resolve(run), device=device)) as engine:
+        past = None if state is None else engine.load(state)
+        print(f"seed {sampling.seed}; /help lists the commands", file=sys.stderr)
+        while (line := _ask()) is not None:
+            command, _, argument = line.strip().partition(" ")
+            try:
+                match command, argument.strip():
+                    case "", "":
+                        continue
+                    case "/quit", "":
+                        return
+                    case "/help", "":
+                        print(HELP, file=sys.stderr)
+                        continue
+                    case "/reset", "":
+                        past = None
+                    case "/load", path if path:
+                        past = engine.load(Path(path))
+                    case "/save", path if path:
+                        _save(past, Path(path))
+                    case _ if command.startswith("/"):
+                        print(f"{command}: no such command, or a path is missing; /help lists them", file=sys.stderr)
+                        continue
+                    case _:
+                        past = _answer(engine, past, template.replace(HERE, line), sampling)
+            except UserError as error:
+                print(error, file=sys.stderr)
+                continue
+            size = (0, 0) if past is None else (past.tokens, past.nbytes())
+            print(f"[{size[0]:,} tokens, state {size[1]:,} bytes]", file=sys.stderr)
 
 
-def _answer(session: "Session", turn: str, sampling: "Sampling") -> None:
-    with _interrupted() as stopped:
-        session.read(f"\n{turn}" if len(session) else turn)
-        for event in session.generate(sampling):
+def _answer(engine: "Engine", past: "Snapshot | None", turn: str, sampling: "Sampling") -> "Snapshot":
+    """Print the answer to a turn; what is remembered then, up to where Ctrl-C stopped it."""
+    from isotach.infer.generate import encode
+    from isotach.serve.engine import Request
+
+    ids = encode(engine.tokenizer, turn if past is None else f"\n{turn}").tolist()
+    ticket = engine.submit(Request(ids, sampling, state=past))
+    with _on_interrupt(ticket.cancel):
+        for event in ticket:
             print(event.text, end="", flush=True)
-            if stopped():
-                break
     print()
+    return ticket.snapshot()
+
+
+def _save(past: "Snapshot | None", path: Path) -> None:
+    from isotach.errors import UserError
+
+    if past is None:
+        raise UserError(f"{path}: expected a conversation of at least two tokens to save, got none; say something")
+    past.save(path)
 
 
 def _ask() -> str | None:
@@ -127,11 +135,10 @@ def _ask() -> str | None:
 
 
 @contextmanager
-def _interrupted() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C is only noted, so that an answer stops between two tokens and never half-way through one."""
-    presses: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: presses.append(number))
+def _on_interrupt(act: Callable[[], None]) -> Iterator[None]:
+    """Inside, Ctrl-C does this and nothing else: an answer stops between two tokens and never half-way through one."""
+    previous = signal.signal(signal.SIGINT, lambda number, frame: act())
     try:
-        yield lambda: bool(presses)
+        yield
     finally:
         signal.signal(signal.SIGINT, previous)

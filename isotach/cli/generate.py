@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from isotach.data.tokenizer import Tokenizer
-    from isotach.infer.generate import Event
+    from isotach.infer.answer import Event
     from isotach.infer.sample import Sampling
 
 PIECE = 1 << 20  # characters of a file in memory at once
@@ -53,7 +53,8 @@ def generate(
     from isotach import config
     from isotach.errors import UserError
     from isotach.files import check_writable
-    from isotach.infer.generate import Session, generate_batch
+    from isotach.infer.batch import generate_batch
+    from isotach.infer.generate import Session
     from isotach.infer.open import open_checkpoint
     from isotach.infer.sample import Sampling
     from isotach.train.checkpoint import resolve
@@ -89,7 +90,7 @@ def generate(
     )
     before, began = len(session), time.perf_counter()
     try:
-        session.read(_pieces(tokenizer, file, prompts))
+        session.read(pieces(tokenizer, file, prompts))
         read, seconds = len(session) - before, time.perf_counter() - began
         events = ((0, event) for event in session.generate(sampling))
         _show(events, prompts or [""], tokenizer, sampling, as_json=as_json)
@@ -104,7 +105,7 @@ def generate(
         session.save(save_state)
 
 
-def _pieces(tokenizer: "Tokenizer", file: str | None, prompts: list[str]) -> Iterator[str]:
+def pieces(tokenizer: "Tokenizer", file: str | None, prompts: list[str]) -> Iterator[str]:
     """The text to read, a file in pieces where cutting it does not change its tokens: where every byte is one."""
     from isotach.data.tokenizer import ByteTokenizer
     from isotach.errors import UserError

@@ -1,9 +1,10 @@
 """From logits to one token: filters, then an exact draw by inverting the distribution function.
 
-The filters act in one order: repetition penalty, temperature, top-k, top-p, min-p. Each sees what the one before left,
-renormalised. transformers has the same order. vLLM applies min-p before top-k and top-p; llama.cpp and mlx-lm filter
-first and apply the temperature last. With the temperature first, top_p = 0.9 means nine tenths of the distribution that
-is really drawn from, and a higher temperature widens the choice; with the temperature last neither holds.
+The filters act in one order: bias, repetition penalty, temperature, top-k, top-p, min-p. Each sees what the one before
+left, renormalised. transformers has the same order. vLLM applies min-p before top-k and top-p; llama.cpp and mlx-lm
+filter first and apply the temperature last. With the temperature first, top_p = 0.9 means nine tenths of the
+distribution that is really drawn from, and a higher temperature widens the choice; with the temperature last neither
+holds.
 
 Everything here is float64 on the CPU, one row per request. A draw uses one number, and that number is a pure function
 of the request's seed and the token's position: it depends neither on the other rows of a batch nor on where a
@@ -34,8 +35,13 @@ class Sampling(Config):
     - repetition_penalty: positive logits of tokens that occurred anywhere in the context are divided by it, negative
       ones multiplied (CTRL, arXiv:1909.05858); 1 changes nothing, below 1 favours repetition. From 0.001 to 1000.
     - seed: of the draws; None takes fresh entropy when generation starts.
+    - presence_penalty, frequency_penalty: taken off the logits of tokens that were already written, once, and for every
+      time. From -2 to 2.
+    - logit_bias: added to the logits of these ids; from -100, which all but forbids, to 100.
     - stop: strings that end the text; neither they nor any beginning of them is ever emitted.
-    - max_tokens: tokens after which generation ends.
+    - stop_token_ids: ids that end the text as the end-of-text token does, and are no part of it.
+    - ignore_eos: the end-of-text token is a token like others.
+    - max_tokens: tokens after which generation ends; min_tokens: before which neither a token nor a string ends it.
     - logprobs: also report log-probabilities (nats) of the drawn token and of this many likeliest alternatives. They
       are the model's own, before every filter.
     """
@@ -45,9 +51,15 @@ class Sampling(Config):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    ignore_eos: bool = False
     max_tokens: Annotated[int, Field(ge=1)] = 256
+    min_tokens: Annotated[int, Field(ge=0)] = 0
     logprobs: Annotated[int, Field(ge=0)] | None = None
 
     def seeded(self) -> "Sampling":
@@ -69,22 +81,51 @@ def draw(
     *,
     positions: Sequence[int],
     seen: Bool[Tensor, "R choices"],
+    bias: Sequence[Float[Tensor, " choices"] | None] = (),
 ) -> list[Drawn]:
     """Draw the token at `positions[r]` of every row r; `samplings` are seeded.
 
-    Only the first `choices` ids can be drawn: a vocabulary padded beyond its tokenizer is never sampled there.
-    Raises UserError when a row has no finite largest logit, which only a damaged or diverged model produces.
+    seen    ids that occurred, for the repetition penalty. Only these first `choices` ids can be drawn: a vocabulary
+            padded beyond its tokenizer is never sampled there
+    bias    what is added to each row's logits before all filters, -inf to forbid; None for nothing
+
+    Raises UserError when a row has no finite largest logit, which only a damaged or diverged model produces, and when
+    its bias leaves no token.
     """
-    exact = logits.detach().to("cpu", torch.float64)
-    if not torch.isfinite(exact.amax(-1)).all():
+    logits = exact(logits)
+    choices = logits[:, : seen.shape[-1]]
+    if any(own is not None for own in bias):
+        choices = choices + torch.stack([choices.new_zeros(choices.shape[-1]) if b is None else b for b in bias])
+        if (choices.amax(-1) == -torch.inf).any():
+            raise UserError("draw: every token is forbidden here; allow one")
+    choices = filtered(choices, samplings, seen)
+    numbers = [uniform(_seed(sampling), position) for sampling, position in zip(samplings, positions, strict=True)]
+    tokens = invert(choices, torch.tensor(numbers, dtype=torch.float64)).tolist()
+    asked = any(sampling.logprobs is not None for sampling in samplings)
+    logprobs = logits.log_softmax(-1)[:, : seen.shape[-1]] if asked else logits
+    return [
+        known(token, row, alternatives=sampling.logprobs)
+        for token, row, sampling in zip(tokens, logprobs, samplings, strict=True)
+    ]
+
+
+def exact(logits: Float[Tensor, "R vocab"]) -> Float[Tensor, "R vocab"]:
+    """Float64 on the CPU. UserError where a row has no finite largest logit."""
+    logits = logits.detach().to("cpu", torch.float64)
+    if not torch.isfinite(logits.amax(-1)).all():
         raise UserError(
             "draw: expected finite logits, got NaN or infinity; the weights are damaged or their training diverged"
         )
-    choices = filtered(exact[:, : seen.shape[-1]], samplings, seen)
-    numbers = [uniform(_seed(sampling), position) for sampling, position in zip(samplings, positions, strict=True)]
-    tokens = invert(choices, torch.tensor(numbers, dtype=torch.float64)).tolist()
-    logprobs = exact.log_softmax(-1)[:, : seen.shape[-1]] if any(s.logprobs is not None for s in samplings) else exact
-    return [_drawn(*row) for row in zip(tokens, logprobs, samplings, strict=True)]
+    return logits
+
+
+def known(token: int, logprobs: Float[Tensor, " choices"], *, alternatives: int | None) -> Drawn:
+    """A token with its log-probability and so many of the likeliest; without any where alternatives is None."""
+    if alternatives is None:
+        return Drawn(token, None, ())
+    best = logprobs.topk(alternatives)
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Drawn(token, float(logprobs[token]), top)
 
 
 def filtered(
@@ -171,11 +212,3 @@ def _seed(sampling: Sampling) -> int:
     if sampling.seed is None:
         raise ValueError("draw: expected seeded samplings, got seed None; call Sampling.seeded() once per request")
     return sampling.seed
-
-
-def _drawn(token: int, logprobs: Float[Tensor, " V"], sampling: Sampling) -> Drawn:
-    if sampling.logprobs is None:
-        return Drawn(token, None, ())
-    best = logprobs.topk(sampling.logprobs)
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Drawn(token, float(logprobs[token]), top)

@@ -13,6 +13,7 @@ class StoppedText:
     compared as text: they may span tokens, begin inside one, and hold characters of several bytes. When several are
     present, the one that begins first ends the text.
 
+    - stop: the strings; they may be exchanged between two tokens, and then count from there on.
     - before: the token that the text follows, None for none.
     - stopped: whether a stop string ended the text.
     - hidden: how many of the last tokens have not shown any of their text, so far or, once stopped, ever.
@@ -21,7 +22,7 @@ class StoppedText:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, before: int | None) -> None:
         self.stopped = False
         self._stream = TextStream(tokenizer, before)
-        self._stop = tuple(stop)
+        self.stop = tuple(stop)
         self._held = ""
         self._starts: list[int] = []  # where in the held text every hidden token begins
 
@@ -46,7 +47,7 @@ class StoppedText:
         return text
 
     def _give(self, length: int) -> str:
-        starts = [start for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        starts = [start for stop in self.stop if (start := self._held.find(stop)) >= 0]
         if starts:
             self.stopped = True
             length = min(starts)
@@ -56,6 +57,6 @@ class StoppedText:
 
     def _undecided(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        longest = max((len(stop) - 1 for stop in self.stop), default=0)
         lengths = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(self._held[-n:]) for stop in self._stop)), 0)
+        return next((n for n in lengths if any(stop.startswith(self._held[-n:]) for stop in self.stop)), 0)

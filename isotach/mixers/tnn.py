@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from isotach.nn.gtu import GTU, initialize_uniform
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, Stream, linear
 from isotach.nn.norm import SRMSNorm
-from isotach.ops.recurrence import state_dtype
+from isotach.ops.recurrence import Apart, state_dtype
 from isotach.ops.toeplitz import Toeplitz
 
 BLOCK = 256  # lags whose kernel is computed together while no gradient is wanted
@@ -116,7 +116,14 @@ class TNN(Mixer):
         longest = span.positions.shape[1] * (1 if span.group is None else span.group.size())
         if span.cu_seqlens is not None and not torch.compiler.is_compiling():
             longest = int(span.cu_seqlens.diff().max())
-        lags = longest + (0 if before is None else before.past.shape[1])
+        if before is None:
+            past = 0
+        elif torch.compiler.is_compiling():  # which cannot ask how much of a buffer is in use
+            past = before.past.shape[1]
+        else:
+            states = before if isinstance(before, Apart) else (before,)
+            past = max(self.recurrence.recent(state).shape[1] for state in states)
+        lags = longest + past
         return min(lags, self.recurrence.window or lags)
 
 

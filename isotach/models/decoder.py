@@ -247,12 +247,25 @@ class Decoder(nn.Module):
         tensors = self._state_tensors(context)
         return sum(math.prod(size for _, size in sizes) * dtype.itemsize for dtype, sizes, _ in tensors)
 
+    def stored(self, block: int, name: str, context: int) -> int:
+        """Entries along S that the state called `name` of a block holds after `context` tokens."""
+        return self._block(block).stored(name, context)[0]
+
+    def room(self, block: int, name: str, context: int) -> int:
+        """Entries along S that its buffers need at most while it reads up to `context` tokens."""
+        own = self._block(block)
+        return own.stored(name, context)[0] if name == "cache" else own.mixer.recurrence.room(context)
+
+    def _block(self, index: int) -> Block:
+        block = self.blocks[index]
+        assert isinstance(block, Block)
+        return block
+
     def _state_tensors(self, context: int) -> Iterator[tuple[torch.dtype, list[tuple[str, int]], int]]:
         """Of all tensors of a sequence's state: dtype, sizes by axis after `context` tokens, heads that read them."""
-        for block, states in zip(self.blocks, self.template().blocks, strict=True):
-            assert isinstance(block, Block)
+        for i, states in enumerate(self.template().blocks):
             for name, state in states.items():
-                entries, heads = block.stored(name, context)
+                entries, heads = self._block(i).stored(name, context)
                 for field, declared in shapes.axes(type(state)).items():
                     leaf = getattr(state, field)
                     named = zip((axis.name for axis in declared), leaf.shape, strict=True)
@@ -271,6 +284,13 @@ class Decoder(nn.Module):
                 block = Block(self.config, Place(i, self.config.depth, modules))
                 states.append(block(x, None, Span.of(1, 1), {})[1])
         return DecoderState(tuple(states), torch.ones(1, dtype=torch.int64))
+
+    @torch.inference_mode()
+    def initial(self) -> DecoderState:
+        """The state of one sequence before its first token; None stands for the same."""
+        bounds = torch.tensor([0, 0, 1], device=self.device)  # an empty document, and another to have a token at all
+        _, state = self.hidden(torch.zeros(1, 1, dtype=torch.int64, device=self.device), span=Span.packed(bounds))
+        return state.select(torch.tensor([0], device=self.device))
 
     # ---- on disk
 

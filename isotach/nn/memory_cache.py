@@ -27,9 +27,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from isotach import shapes
 from isotach.config import Config
-from isotach.ops.engine import Span, run
+from isotach.ops.engine import Span, advance
 from isotach.ops.history import History
-from isotach.ops.recurrence import Recurrence, Tensors, state_dtype, stored_fields
+from isotach.ops.recurrence import Apart, Recurrence, Tensors, rows, state_dtype, stored_fields
 from isotach.ops.running import Running
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class MemoryCache(nn.Module):
         means = (high + low).view(wide.shape) / within
         kept = self._keep(pieces, states, totals, scan)
         online = online.view(batch, time, *online.shape[2:])
-        if scan.span.cu_seqlens is None and len(set(pieces.starts)) == 1:
+        if scan.span.cu_seqlens is None and len(set(pieces.starts)) == 1 and not isinstance(kept, Apart):
             return self._read(rec, inputs, online, wide, means, kept, pieces.starts[0])
         parts = []
         for row, (a, b) in enumerate(pieces.extents):
@@ -86,7 +86,7 @@ class MemoryCache(nn.Module):
                 continue
             one = shapes.time_slice(flat, a, b)
             own, hidden, summary = (leaf.flatten(0, 1)[None, a:b] for leaf in (online, wide, means))
-            memories = History.State(*(leaf[row : row + 1] for leaf in kept))
+            memories = kept[row] if isinstance(kept, Apart) else rows(kept, slice(row, row + 1))
             parts.append(self._read(rec, one, own, hidden, summary, memories, pieces.starts[row]))
         return torch.cat(parts, 1).view(online.shape)
 
@@ -94,17 +94,17 @@ class MemoryCache(nn.Module):
         self, name: str, rec: Recurrence, flat: Tensors, pieces: "_Pieces", scan: "Scan", *, restart: bool
     ) -> tuple[Tensor, Tensors]:
         """Outputs (1, B·T, ...) and the states after every piece; keeps each row's last state under `name`."""
-        rows, count = len(pieces.starts), len(pieces.row)
+        count = len(pieces.row)
         before = scan.before(name)
-        before = rec.initial(flat, rows) if before is None else before
+        before = rec.initial(flat, len(pieces.starts)) if before is None else before
         state = rec.initial(flat, count)
         device = state[0].device
 
         def index(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        def put(into: Tensors, at: list[int], rows: Tensors) -> Tensors:
-            return type(into)(*(a.index_copy(0, index(at), b.to(a.dtype)) for a, b in zip(into, rows, strict=True)))
+        def put(into: Tensors, at: list[int], those: Tensors) -> Tensors:
+            return type(into)(*(a.index_copy(0, index(at), b.to(a.dtype)) for a, b in zip(into, those, strict=True)))
 
         def take(state: Tensors, at: list[int]) -> Tensors:
             return type(state)(*(leaf[index(at)] for leaf in state))
@@ -113,7 +113,7 @@ class MemoryCache(nn.Module):
         state = put(state, carried, take(before, [pieces.row[i] for i in carried]))
         if restart:
             bounds = index(pieces.bounds)
-            output, state = run(rec, flat, state, Span.packed(bounds))
+            output, state = advance(rec, flat, state, Span.packed(bounds))
         else:
             output = flat[0].new_empty(0)
             for rank in range(max(pieces.rank, default=-1) + 1):
@@ -122,7 +122,7 @@ class MemoryCache(nn.Module):
                     state = put(state, now, take(state, [i - 1 for i in now]))
                 tokens = index([t for i in now for t in range(pieces.bounds[i], pieces.bounds[i + 1])])
                 lengths = index([0, *(pieces.bounds[i + 1] - pieces.bounds[i] for i in now)])
-                part, after = run(rec, _at_times(flat, tokens), take(state, now), Span.packed(lengths.cumsum(0)))
+                part, after = advance(rec, _at_times(flat, tokens), take(state, now), Span.packed(lengths.cumsum(0)))
                 state = put(state, now, after)
                 if rank == 0:
                     output = part.new_zeros(1, pieces.bounds[-1], *part.shape[2:])
@@ -131,22 +131,30 @@ class MemoryCache(nn.Module):
         scan.after[name] = put(before, [pieces.row[i] for i in last], take(state, last))
         return output, state
 
-    def _keep(self, pieces: "_Pieces", states: Tensors, totals: Running.State, scan: "Scan") -> History.State:
+    def _keep(self, pieces: "_Pieces", states: Tensors, totals: Running.State, scan: "Scan") -> Tensors:
         """Append what closed pieces leave to the rows' caches: k their mean inputs, v their states, flattened."""
         memories = torch.cat([leaf.flatten(1) for leaf in states], 1)
         means = (totals.high + totals.low) / self.config.segment
-        rows = len(pieces.starts)
-        closed = [[i for i, row in enumerate(pieces.row) if row == n and pieces.closes[i]] for n in range(rows)]
+        count = len(pieces.starts)
+        closed = [[i for i, row in enumerate(pieces.row) if row == n and pieces.closes[i]] for n in range(count)]
         history, kept = History(), scan.before("cache")
         if kept is None:
             none = History.Inputs(*(leaf[:1, None, None] for leaf in (means, means, memories)))
-            kept = history.initial(none, rows)
-        if any(closed):
+            kept = history.initial(none, count)
+
+        def append(closed: list[list[int]], kept: Tensors) -> Tensors:
+            if not any(closed):
+                return kept
             k, v = (
                 pad_sequence([leaf[own] for own in closed], batch_first=True).unsqueeze(2) for leaf in (means, memories)
             )
             lengths = torch.tensor([len(own) for own in closed], dtype=torch.int64, device=k.device)
-            kept = history.apply(history.Summary(k, v, lengths), kept)
+            return history.apply(history.Summary(k, v, lengths), kept)
+
+        if isinstance(kept, Apart):
+            kept = Apart(append([own], state) for own, state in zip(closed, kept, strict=True))
+        else:
+            kept = append(closed, kept)
         scan.after["cache"] = kept
         return kept
 

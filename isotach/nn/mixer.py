@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isotach.config import Config
 from isotach.nn.energy import EnergyConfig, EnergyGate
 from isotach.nn.memory_cache import CacheConfig, MemoryCache
-from isotach.ops.engine import Span, run
+from isotach.ops.engine import Span, advance
 from isotach.ops.recurrence import Recurrence, Tensors
 
 MixerState = dict[str, Tensors]
@@ -83,7 +83,7 @@ class Scan:
         return self._before.get(name)
 
     def __call__(self, name: str, rec: Recurrence, x: Tensors, *, causal: bool = True) -> Tensor:
-        output, self.after[name] = run(rec, x, self._before.get(name), self.span, causal=causal)
+        output, self.after[name] = advance(rec, x, self._before.get(name), self.span, causal=causal)
         return output
 
 

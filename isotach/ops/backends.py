@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,68 +17,96 @@ from isotach.ops.recurrence import Recurrence, Tensors
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 Kernel = Callable[[Any, Tensors, Tensors, Tensor | None, int | None], tuple[Tensor, Tensors]]
+Refusal = Callable[[Tensors, int | None], str | None]
 
-_kernels: dict[tuple[type[Recurrence], str], tuple[Kernel, str | None]] = {}
-_loaded: set[str] = set()
-_announced: set[tuple[str, str]] = set()
+
+class Entry(NamedTuple):
+    """A kernel, the kind of device it runs on where it does not run on all, and what it says to what it cannot take."""
+
+    kernel: Kernel
+    device: str | None = None
+    refusal: Refusal = lambda x, chunk_size: None
+
+
+_kernels: dict[tuple[type[Recurrence], str], Entry] = {}
+_loaded: set[tuple[str, str]] = set()
+_announced: set[tuple[str, str, str]] = set()
 _log = logging.getLogger("isotach")
 
 
-def register(family: type[Recurrence], backend: str, *, device: str | None = None) -> Callable[[Kernel], Kernel]:
-    """Make the decorated function the `backend` of `family`, on `device` only where it is named."""
+def register(
+    family: type[Recurrence], backend: str, *, device: str | None = None, refusal: Refusal | None = None
+) -> Callable[[Kernel], Kernel]:
+    """Make the decorated function the `backend` of `family`, on `device` only where it is named.
+
+    refusal(x, chunk_size) says what of a call the kernel cannot take ("takes this; got that"), None where it serves.
+    """
 
     def add(kernel: Kernel) -> Kernel:
-        _kernels[family, backend] = (kernel, device)
+        _kernels[family, backend] = Entry(kernel, device, *([] if refusal is None else [refusal]))
         return kernel
 
     return add
 
 
-def find(rec: Recurrence, backend: str, device: torch.device) -> Kernel | None:
-    """The kernel that serves `rec` on `device`, None where the engine's own loop does.
+def find(rec: Recurrence, backend: str, x: Tensors, chunk_size: int | None) -> Kernel | None:
+    """The kernel that serves `rec` for inputs like x, None where the engine's own loop does.
 
-    "auto" takes triton on a GPU where the family has it, otherwise torch. A backend asked for by name that cannot
-    serve raises ValueError.
+    "auto" takes triton where the family has it for this device and this call, otherwise torch. A backend asked for by
+    name that cannot serve raises ValueError.
     """
-    _load(type(rec).__module__)
+    device = x[0].device.type
     if backend == "auto":
-        fits = (type(rec), "triton") in _kernels and device.type == _kernels[type(rec), "triton"][1]
-        backend = "triton" if fits else "torch"
-        _announce(rec.name, device.type, backend)
-    kernel, where = _kernels.get((type(rec), backend), (None, None))
-    if kernel is None and backend != "torch":
-        raise ValueError(f"{rec.name}: no {backend} backend is registered; use backend='torch'")
-    if where is not None and where != device.type:
-        raise ValueError(f"{rec.name}: the {backend} backend runs on {where}, the inputs are on {device.type}")
-    return kernel
+        obstacle = _obstacle(rec, "triton", x, chunk_size)
+        backend = "triton" if obstacle is None else "torch"
+        _announce(rec.name, device, "triton backend" if obstacle is None else f"torch backend ({obstacle})")
+    elif obstacle := _obstacle(rec, backend, x, chunk_size):
+        raise ValueError(f"{rec.name}: {obstacle}; use backend='torch'")
+    entry = _kernels.get((type(rec), backend))
+    return None if entry is None else entry.kernel
 
 
 def available(rec: Recurrence, device: torch.device) -> tuple[str, ...]:
     """The backends that can serve `rec` on `device`, the reference first."""
-    _load(type(rec).__module__)
+    _load(type(rec).__module__, device.type)
     own = [
-        name for (family, name), (_, where) in _kernels.items() if family is type(rec) and where in (None, device.type)
+        name
+        for (family, name), entry in _kernels.items()
+        if family is type(rec) and entry.device in (None, device.type)
     ]
     return ("reference", *sorted({"torch", *own}))
+
+
+def _obstacle(rec: Recurrence, backend: str, x: Tensors, chunk_size: int | None) -> str | None:
+    """Why `backend` cannot compute `rec` for inputs like x; the engine's loop stands in for torch."""
+    device = x[0].device.type
+    _load(type(rec).__module__, device)
+    entry = _kernels.get((type(rec), backend))
+    if entry is None:
+        return None if backend == "torch" else f"no {backend} backend is registered on {device}"
+    if entry.device not in (None, device):
+        return f"the {backend} backend runs on {entry.device}, the inputs are on {device}"
+    refused = entry.refusal(x, chunk_size)
+    return None if refused is None else f"the {backend} backend {refused}"
 
 
 # Constant results, because torch.compile cannot trace an import or a log call; memoised in plain sets, because it does
 # not see through functools.cache.
 @torch.compiler.assume_constant_result
-def _load(module: str) -> bool:
-    """Import the kernels of the family defined in isotach.ops.NAME: isotach.ops.torch.NAME and so on."""
+def _load(module: str, device: str) -> bool:
+    """Import what computes the family of isotach.ops.NAME on `device`: isotach.ops.torch.NAME, on a GPU triton.NAME."""
     package, _, name = module.rpartition(".")
-    if module not in _loaded and package == "isotach.ops":
-        _loaded.add(module)
-        for backend in ("torch", "triton"):
+    if (module, device) not in _loaded and package == "isotach.ops":
+        _loaded.add((module, device))
+        for backend in ("torch", "triton") if device == "cuda" and find_spec("triton") else ("torch",):
             if find_spec(f"{package}.{backend}") and find_spec(f"{package}.{backend}.{name}"):
                 import_module(f"{package}.{backend}.{name}")
     return True
 
 
 @torch.compiler.assume_constant_result
-def _announce(family: str, device: str, backend: str) -> bool:
-    if (family, device) not in _announced:
-        _announced.add((family, device))
-        _log.info("%s on %s: %s backend", family, device, backend)
+def _announce(family: str, device: str, choice: str) -> bool:
+    if (family, device, choice) not in _announced:
+        _announced.add((family, device, choice))
+        _log.info("%s on %s: %s", family, device, choice)
     return True

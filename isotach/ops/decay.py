@@ -13,14 +13,14 @@ Every exponent is ≤ 0, so nothing overflows whatever the decay; e^{L_r} / e^{L
 Sources: Lightning Attention-2 (arXiv:2401.04658), RetNet (arXiv:2307.08621), GLA (arXiv:2312.06635).
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from isotach import shapes
-from isotach.ops.recurrence import Recurrence, Tensors, length, state_dtype
+from isotach.ops.recurrence import FADING, Recurrence, Tensors, length, state_dtype
 
 
 class Decay(Recurrence):
@@ -30,7 +30,7 @@ class Decay(Recurrence):
         q: Float[Tensor, "B T H K"]
         k: Float[Tensor, "B T H K"]
         v: Float[Tensor, "B T H V"]
-        log_decay: Float[Tensor, "B #T H #K"]
+        log_decay: Annotated[Float[Tensor, "B #T H #K"], FADING]
 
     class Summary(NamedTuple):
         """S ↦ e^{log_decay} ∘ S + update."""
@@ -49,6 +49,7 @@ class Decay(Recurrence):
         "channel": {},
         "fixed channel": {"log_decay": frozenset("T")},
     }
+    both_ways = True
 
     def lift(self, x: Tensors) -> Summary:
         x = _wide(x)

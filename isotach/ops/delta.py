@@ -21,7 +21,7 @@ the rows u_i = r_iᵀ S that are read come out of one triangular system, and the
 Sources: DeltaNet (arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), Kimi Linear (arXiv:2510.26692).
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,8 +29,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isotach import shapes
-from isotach.ops.recurrence import Recurrence, Tensors, length, state_dtype
+from isotach.ops.recurrence import FADING, Recurrence, Tensors, length, state_dtype
 
+# With unit keys the eigenvalue along k is 1 - beta: beyond ±1 what is stored grows without bound.
+ERASING = shapes.Within(0.0, 2.0, "form it as sigmoid(x), or as 2 * sigmoid(x) where eigenvalues may be negative")
 SEGMENT = 16  # tokens that `summarize` solves for at a time: longer ones lose digits of a transition that erases much
 
 
@@ -54,7 +56,7 @@ class SplitDelta(Recurrence):
         erase: Float[Tensor, "B T H K"]
         k: Float[Tensor, "B T H K"]
         v: Float[Tensor, "B T H V"]
-        log_decay: Float[Tensor, "B #T H #K"]
+        log_decay: Annotated[Float[Tensor, "B #T H #K"], FADING]
 
     class Summary(NamedTuple):
         """S ↦ transition · S + update."""
@@ -133,8 +135,8 @@ class Delta(Recurrence):
         q: Float[Tensor, "B T H K"]
         k: Float[Tensor, "B T H K"]
         v: Float[Tensor, "B T H V"]
-        beta: Float[Tensor, "B T H 1"]
-        log_decay: Float[Tensor, "B #T H #K"]
+        beta: Annotated[Float[Tensor, "B T H 1"], ERASING]
+        log_decay: Annotated[Float[Tensor, "B #T H #K"], FADING]
 
     Summary = SplitDelta.Summary
     State = SplitDelta.State

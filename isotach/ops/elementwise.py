@@ -13,14 +13,14 @@ log_decay in a segment of m tokens, r = 1..m:
 HGRN (arXiv:2311.04823).
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from isotach import shapes
-from isotach.ops.recurrence import Recurrence, Tensors, length, state_dtype
+from isotach.ops.recurrence import FADING, Recurrence, Tensors, length, state_dtype
 
 
 class Elementwise(Recurrence):
@@ -28,7 +28,7 @@ class Elementwise(Recurrence):
         """log_decay ≤ 0, natural logarithm."""
 
         v: Float[Tensor, "B T H V"]
-        log_decay: Float[Tensor, "B T #H V"]
+        log_decay: Annotated[Float[Tensor, "B T #H V"], FADING]
 
     class Summary(NamedTuple):
         """h ↦ e^{log_decay} ∘ h + update."""

@@ -4,6 +4,9 @@ recurrent   s_t = apply(lift(x_t), s_{t-1}),  o_t = emit(x_t, s_t)              
 chunked     o = read(x, s),  s = apply(summarize(x), s), chunk after chunk            backend "torch"
 packed      the same for every document between two cu_seqlens, each with a state of its own
 set         every token reads the state after the last one (causal=False)
+
+`advance` is what lies behind the door: mixers, whose projections cannot leave the range of a decay or of a beta, are
+spared a look at every value.
 """
 
 import itertools
@@ -19,7 +22,7 @@ from isotach import shapes
 from isotach.ops import backends
 from isotach.ops.backends import Backend
 from isotach.ops.exchange import exchange
-from isotach.ops.recurrence import Recurrence, Tensors, at_time, length, rows, with_time
+from isotach.ops.recurrence import Apart, Recurrence, Tensors, at_time, length, rows, with_time
 
 CHUNK = 64  # of the engine's own loop; families measure theirs
 
@@ -51,6 +54,13 @@ class Span:
         every = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
         return cls((every + shift.repeat_interleave(lengths))[None], cu_seqlens)
 
+    def row(self, n: int) -> Self:
+        """Where the tokens of row or document n sit, without the others."""
+        if self.cu_seqlens is None:
+            return type(self)(self.positions[n : n + 1])
+        start, stop = self.cu_seqlens[n : n + 2].tolist()
+        return type(self)(self.positions[:, start:stop])
+
     @property
     def rows(self) -> int:
         """How many states the span reads and writes."""
@@ -69,15 +79,36 @@ def run(
 ) -> tuple[Tensor, Tensors]:
     """Outputs (B, T, H, V) of `rec` over `x`, and the state after the last token of every row or document.
 
-    state       the state before the first token, one row per sequence or document; None for the empty past
+    state       the state before the first token, one row per sequence or document; None for the empty past; where it is
+                Apart, so is the one after
     chunk_size  tokens per chunk; None for the family's measured choice
     causal      False: every token reads the state after the last token of its document
 
-    Raises ValueError for shapes that do not fit, and for a backend that cannot serve the family or the device.
+    Raises UserError for values outside what the family declares, on the CPU alone: a GPU would have to be waited for.
+    Raises ValueError for shapes that do not fit, for a backend that cannot serve the family or the device, and for
+    causal=False where what a token reads depends on coming last.
     """
+    if _device(x).type == "cpu" and not torch.compiler.is_compiling():
+        shapes.check_values(rec.name, x)
+    return advance(rec, x, state, span, backend=backend, chunk_size=chunk_size, causal=causal)
+
+
+def advance(
+    rec: Recurrence,
+    x: Tensors,
+    state: Tensors | None,
+    span: Span,
+    *,
+    backend: Backend = "auto",
+    chunk_size: int | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensors]:
+    """As `run`, for values that are known to be in range."""
     if torch.is_autocast_enabled(_device(x).type):  # gates, states and sums are float32 whatever the projections are
         with torch.autocast(_device(x).type, enabled=False):
-            return run(rec, x, state, span, backend=backend, chunk_size=chunk_size, causal=causal)
+            return advance(rec, x, state, span, backend=backend, chunk_size=chunk_size, causal=causal)
+    if isinstance(state, Apart):
+        return _apart(rec, x, state, span, backend=backend, chunk_size=chunk_size, causal=causal)
     if not torch.compiler.is_compiling():
         _check(rec, x, state, span, chunk_size)
     if state is None:
@@ -90,10 +121,32 @@ def run(
         return rec.step(x, state)
     if backend == "reference":
         return _documents(rec, x, state, span.cu_seqlens, 1, recurrent)
-    kernel = backends.find(rec, backend, _device(x))
+    kernel = backends.find(rec, backend, x, chunk_size)
     if kernel is None:
         return _documents(rec, x, state, span.cu_seqlens, chunk_size or CHUNK, chunked)
     return kernel(rec, x, state, span.cu_seqlens, chunk_size)
+
+
+def _apart(rec: Recurrence, x: Tensors, states: Apart, span: Span, **how: Any) -> tuple[Tensor, Tensors]:
+    """Every row or document with its own state; an empty document leaves its state as it was."""
+    if len(states) != span.rows:
+        raise ValueError(
+            f"{rec.name}: state must have one row per sequence or document = {span.rows}; got {len(states)}; "
+            "select the rows that belong to this span"
+        )
+    outputs, after = [], []
+    for n, state in enumerate(states):
+        if span.cu_seqlens is None:
+            own = shapes.batch_slice(x, n)
+            output, state = rec.step(own, state) if length(x) == 1 else advance(rec, own, state, span.row(n), **how)
+            outputs.append(output)
+        else:
+            start, stop = span.cu_seqlens[n : n + 2].tolist()
+            if stop > start:
+                output, state = advance(rec, shapes.time_slice(x, start, stop), state, span.row(n), **how)
+                outputs.append(output)
+        after.append(state)
+    return torch.cat(outputs, 0 if span.cu_seqlens is None else 1), Apart(after)
 
 
 def recurrent(rec: Recurrence, x: Tensors, state: Tensors, chunk_size: int) -> tuple[Tensor, Tensors]:
@@ -132,6 +185,12 @@ def _documents(rec, x, state, cu_seqlens, chunk_size, form):  # type: ignore[no-
 
 
 def _set(rec: Recurrence, x: Tensors, state: Tensors, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensors]:
+    if not rec.both_ways:
+        raise ValueError(
+            f"{rec.name}: causal must be True, for its tokens only look back; got causal=False; "
+            "leave it out, or take a family that reads both ways, as decay does"
+        )
+
     def form(rec: Recurrence, x: Tensors, state: Tensors, _: int) -> tuple[Tensor, Tensors]:
         state = rec.apply(rec.summarize(x), state)
         return rec.emit(x, with_time(state)), state
@@ -148,7 +207,7 @@ def _across_ranks(
             "pack on one rank, or pass group=None"
         )
     before, after = exchange(rec, rec.summarize(x), state, group=group)
-    output, _ = run(rec, x, before, Span(span.positions), **how)
+    output, _ = advance(rec, x, before, Span(span.positions), **how)
     return output, after
 
 
@@ -183,6 +242,8 @@ def _check_bounds(who: str, bounds: Tensor, batch: int, time: int) -> None:
         raise ValueError(
             f"{who}: packing takes B = 1; got B = {batch}; flatten the rows and add their ends to cu_seqlens"
         )
+    if bounds.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a graph's bounds may change between replays, and nobody can look at them now
     ends = (int(bounds[0]), int(bounds[-1])) if bounds.numel() > 1 else (0, 0)
     if bounds.dtype != torch.int64 or ends != (0, time) or bool((bounds.diff() < 0).any()):
         raise ValueError(

@@ -18,14 +18,14 @@ before the state instead of behind it.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from isotach import shapes
-from isotach.ops.recurrence import Recurrence, Tensors, length, state_dtype
+from isotach.ops.recurrence import FADING, Recurrence, Tensors, length, state_dtype
 from isotach.ops.toeplitz import convolve, pieces
 
 
@@ -38,7 +38,7 @@ class ETSC(Recurrence):
         v: Float[Tensor, "B T H V"]
         real: Float[Tensor, "K H V"]
         imag: Float[Tensor, "K H V"]
-        log_decay: Float[Tensor, "#H #V"]
+        log_decay: Annotated[Float[Tensor, "#H #V"], FADING]
 
     class Summary(NamedTuple):
         """s ↦ e^{log_decay} (cos - i sin) ∘ s + (real + i imag)."""

@@ -61,6 +61,7 @@ class Factored(Recurrence):
     )  # fmt: skip
     neutral, initial = growing.neutral, growing.initial
     compact, concatenate = staticmethod(growing.compact), staticmethod(growing.concatenate)
+    reserve = staticmethod(growing.reserve)
 
     def attend(self, x: Tensors, kept: Tensors, first: int) -> Tensor:
         stop = first + length(x)

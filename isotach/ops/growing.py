@@ -108,6 +108,20 @@ def compact(s: Tensors) -> Any:
     return type(s)(*leaves, s.length, s.length.clone())
 
 
+def reserve(s: Tensors, room: int) -> Any:
+    if s.length.tolist() == [s[0].shape[1]] and room <= s[0].shape[1]:
+        return s  # full: nobody can write into it
+    kept, leaves = compact(s), []
+    for leaf in _leaves(kept):
+        size = max(room, leaf.shape[1])
+        if len(leaf) > 1:  # a shorter row's places are masked, not left out, so there must be numbers in them
+            leaves.append(_padded(leaf, size))
+        else:
+            leaves.append(leaf.new_empty(1, size, *leaf.shape[2:]))
+            leaves[-1][:, : leaf.shape[1]] = leaf
+    return type(s)(*leaves, kept.length, kept.filled)
+
+
 def concatenate(states: Sequence[Tensors]) -> Any:
     room = max(_leaves(s)[0].shape[1] for s in states)
     padded = [[_padded(leaf, room) for leaf in _leaves(s)] for s in states]

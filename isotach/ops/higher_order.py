@@ -25,7 +25,7 @@ third order is ours.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from isotach import shapes
 from isotach.ops.decay import Decay
-from isotach.ops.recurrence import Recurrence, Tensors, length, state_dtype
+from isotach.ops.recurrence import FADING, Recurrence, Tensors, length, state_dtype
 
 # Linear attention with decay: (inputs, state before) -> (outputs, state after).
 Attend = Callable[[Decay.Inputs, Decay.State], tuple[Tensor, Decay.State]]
@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
     q: Float[Tensor, "B T H K"]
     k: Float[Tensor, "B T H K"]
     v: Float[Tensor, "B T H V"]
-    log_decay: Float[Tensor, "B #T H 1"]
+    log_decay: Annotated[Float[Tensor, "B #T H 1"], FADING]
 
 
 class SecondOrder(Recurrence):

@@ -13,8 +13,9 @@ arXiv:2305.13245). The first three grow with the tokens read; what they share is
 but what its tokens leave, and is formed from differences, so it is as precise after a million tokens as after ten.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Self, TypeAlias
+from typing import Annotated, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -24,8 +25,9 @@ from torch.nn import functional as F
 from isotach import shapes
 from isotach.ops import growing
 from isotach.ops.attention import attention, attention_by_distance, common, sdpa, unvalued, with_channels
-from isotach.ops.recurrence import Recurrence, Tensors, length, state_dtype
+from isotach.ops.recurrence import FADING, Recurrence, Tensors, length, state_dtype
 
+AWAY = shapes.Within(0.0, math.inf, "distance only takes away; form it with softplus")
 CHUNK = 256  # queries that Sliding takes at once where its window is smaller; measured
 
 
@@ -54,6 +56,7 @@ class History(Recurrence):
 
     def __init__(self, bias: Callable[[Tensor], Tensor] | None = None) -> None:
         self.bias = bias
+        self.both_ways = bias is None  # a bias is a function of how far back
 
     @classmethod
     def instances(cls) -> Mapping[str, Self]:
@@ -64,6 +67,7 @@ class History(Recurrence):
     )  # fmt: skip
     neutral, initial = growing.neutral, growing.initial
     compact, concatenate = staticmethod(growing.compact), staticmethod(growing.concatenate)
+    reserve = staticmethod(growing.reserve)
 
     def emit(self, x: Tensors, s: Tensors) -> Tensor:
         if self.bias is not None or s.length.shape[1] > 1:
@@ -92,7 +96,7 @@ class Forgetting(Recurrence):
         q: Float[Tensor, "B T H K"]
         k: Float[Tensor, "B T G K"]
         v: Float[Tensor, "B T G V"]
-        log_decay: Float[Tensor, "B T H"]
+        log_decay: Annotated[Float[Tensor, "B T H"], FADING]
 
     class Summary(NamedTuple):
         k: Float[Tensor, "B S G K"]
@@ -115,6 +119,7 @@ class Forgetting(Recurrence):
     )  # fmt: skip
     neutral, initial = growing.neutral, growing.initial
     compact, concatenate = staticmethod(growing.compact), staticmethod(growing.concatenate)
+    reserve = staticmethod(growing.reserve)
 
     def attend(self, x: Tensors, kept: Tensors, first: int) -> Tensor:
         stop = first + length(x)
@@ -144,8 +149,8 @@ class Sloped(Recurrence):
         q: Float[Tensor, "B T H K"]
         k: Float[Tensor, "B T G K"]
         v: Float[Tensor, "B T G V"]
-        q_slope: Float[Tensor, "B T H"]
-        k_slope: Float[Tensor, "B T H"]
+        q_slope: Annotated[Float[Tensor, "B T H"], AWAY]
+        k_slope: Annotated[Float[Tensor, "B T H"], AWAY]
 
     class Summary(NamedTuple):
         k: Float[Tensor, "B S G K"]
@@ -168,6 +173,7 @@ class Sloped(Recurrence):
     )  # fmt: skip
     neutral, initial = growing.neutral, growing.initial
     compact, concatenate = staticmethod(growing.compact), staticmethod(growing.concatenate)
+    reserve = staticmethod(growing.reserve)
 
     def attend(self, x: Tensors, kept: Tensors, first: int) -> Tensor:
         stop = first + length(x)

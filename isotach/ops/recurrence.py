@@ -9,6 +9,7 @@ define a family completely. summarize and read are the same mathematics in close
 which serves as the oracle; families override them with matrix products.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -20,12 +21,25 @@ from isotach import shapes
 
 Tensors = Any  # a NamedTuple of tensors: a family's Inputs, Summary or State
 
+# Of every log_decay: memory that grows by itself overflows, and so would the closed forms.
+FADING = shapes.Within(-math.inf, 0.0, "pass the natural logarithm of what is kept, as F.logsigmoid gives it")
+
 _families: dict[type, type["Recurrence"]] = {}
 
 
 def family(state: Tensors) -> type["Recurrence"]:
     """The family a state belongs to."""
     return _families[type(state)]
+
+
+class Apart(tuple[Tensors, ...]):
+    """The states of a batch, one row each, that are not laid side by side.
+
+    What grows is kept so where rows come and go: nothing is padded to the longest row, and nobody's memory is copied
+    when another joins or leaves. `run` takes it wherever it takes a state.
+    """
+
+    __slots__ = ()
 
 
 class Recurrence(ABC):
@@ -43,6 +57,9 @@ class Recurrence(ABC):
     ranges: ClassVar[Mapping[str, shapes.Draw]] = {}
     hard: ClassVar[Mapping[str, shapes.Draw]] = {}
     variants: ClassVar[Mapping[str, Mapping[str, frozenset[str]]]] = {"": {}}
+
+    # Whether the state after the last token tells every token what it should read, wherever it stands: causal=False.
+    both_ways: bool = False
 
     @property
     def name(self) -> str:
@@ -89,6 +106,15 @@ class Recurrence(ABC):
     @staticmethod
     def compact(s: Tensors) -> Tensors:
         """The state without spare room: equal pasts give equal tensors. What is compared, saved and counted."""
+        return s
+
+    def room(self, context: int) -> int:
+        """Entries along S that a state's buffers have at most while it reads up to `context` tokens."""
+        return self.stored(context)
+
+    @staticmethod
+    def reserve(s: Tensors, room: int) -> Tensors:
+        """The state in buffers that it alone may write into, and that take `room` entries along S in all."""
         return s
 
     @staticmethod
@@ -139,6 +165,11 @@ def at_time(value: Tensors, t: int) -> Tensors:
 def with_time(value: Tensors) -> Tensors:
     """Leaves (B, ...) as (B, 1, ...)."""
     return type(value)(*(leaf.unsqueeze(1) for leaf in value))
+
+
+def grows(state: Tensors) -> bool:
+    """Whether a state, or what Apart holds, takes more memory with every token."""
+    return isinstance(state, Apart) or bool(stored_fields(type(state)))
 
 
 def rows(value: Tensors, index: Tensor | slice) -> Tensors:

@@ -56,7 +56,7 @@ class Toeplitz(Recurrence):
     def __init__(self, *, window: int | None = None, two_sided: bool = False) -> None:
         if window is not None and window < 1:
             raise ValueError(f"toeplitz: window must be at least 1; got {window}; leave it out to keep every input")
-        self.window, self.two_sided = window, two_sided
+        self.window, self.both_ways = window, two_sided
 
     @classmethod
     def instances(cls) -> Mapping[str, Self]:
@@ -102,7 +102,7 @@ class Toeplitz(Recurrence):
 
     def _set(self, x: Tensors, whole: Tensor) -> Tensor:
         """Every token reads the inputs before and, with a two-sided kernel, behind it; they are the last of `whole`."""
-        most = len(x.kernel) // 2 if self.two_sided else 0
+        most = len(x.kernel) // 2 if self.both_ways else 0
         ahead = min(most, length(x) - 1)
         kernel = x.kernel[: len(x.kernel) - most + ahead][-(whole.shape[1] + ahead) :]
         return convolve(whole, kernel.to(state_dtype(x.v)), count=length(x), ahead=ahead).to(x.v.dtype)
@@ -116,6 +116,19 @@ class Toeplitz(Recurrence):
 
     def stored(self, context: int) -> int:
         return min(context, self.window or context)
+
+    def room(self, context: int) -> int:
+        return 2 * min(context, self.window) if self.window else context  # see apply
+
+    @staticmethod
+    def reserve(s: Tensors, room: int) -> State:
+        if s.length.tolist() == s.stop.tolist() == [s.past.shape[1]] and room <= s.past.shape[1]:
+            return s  # full: nobody can write into it
+        kept = Toeplitz.compact(s)
+        rows, longest, *channels = kept.past.shape
+        past = kept.past.new_empty(rows, max(room, longest), *channels)
+        past[:, :longest] = kept.past
+        return Toeplitz.State(past, kept.stop, kept.length, kept.filled)
 
     @staticmethod
     def compact(s: Tensors) -> State:
@@ -143,7 +156,7 @@ class Toeplitz(Recurrence):
 
     def taps(self, x: Tensors) -> Float[Tensor, "L H V"]:
         """The kernel within the window, without what is ahead, as it is multiplied."""
-        taps: Tensor = x.kernel[: len(x.kernel) - len(x.kernel) // 2] if self.two_sided else x.kernel
+        taps: Tensor = x.kernel[: len(x.kernel) - len(x.kernel) // 2] if self.both_ways else x.kernel
         return taps[-(self.window or len(taps)) :].to(state_dtype(x.v))
 
     def recent(self, s: Tensors) -> Float[Tensor, "B S H V"]:

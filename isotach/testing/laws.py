@@ -433,13 +433,15 @@ def _rows(subject: Subject, state: Any, n: int) -> list[Tensor]:
 
 
 def _change_after(x: Tensors, cut: int) -> Tensors:
-    """Other values from token `cut` on, in every field that has them per token; log decays stay negative."""
-    fields = []
+    """Other values from token `cut` on, in every field that has them per token, within what the field takes."""
+    fields, limits = [], shapes.limits(type(x))
     for field, declared in shapes.axes(type(x)).items():
         leaf = getattr(x, field).clone()
         at = next((i for i, axis in enumerate(declared) if axis.name == "T"), None)
         if at is not None and (leaf.shape[at] > 1 or not declared[at].shared):
-            leaf.narrow(at, cut, leaf.shape[at] - cut).mul_(1.5)
+            later = leaf.narrow(at, cut, leaf.shape[at] - cut).mul_(1.5)
+            if field in limits:
+                later.clamp_(limits[field].low, limits[field].high)
         fields.append(leaf)
     return type(x)(*fields)
 

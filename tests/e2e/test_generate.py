@@ -17,10 +17,13 @@ import torch
 from isotach import cli
 from isotach.data.tokenizer import ByteTokenizer, train_bpe
 from isotach.errors import UserError
-from isotach.infer.generate import Event, Session, generate_batch
+from isotach.infer.answer import Event
+from isotach.infer.batch import generate_batch
+from isotach.infer.generate import Session
 from isotach.infer.open import open_checkpoint
 from isotach.infer.sample import Sampling
 from isotach.models.decoder import Decoder, ModelConfig
+from isotach.serve.ticket import Ticket
 from isotach.train.checkpoint import seal, step_folder
 
 BYTES = ByteTokenizer()
@@ -457,16 +460,19 @@ def test_chat_remembers_saves_and_forgets(
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate, written = Session.generate, []
+    iterate, answers = Ticket.__iter__, []
 
-    def pressed(session: Session, sampling: Sampling) -> Iterator[Event]:
-        for event in generate(session, sampling):
-            written.append(event)
-            if len(written) == 3:
+    def pressed(ticket: Ticket) -> Iterator[Event]:
+        answers.append([])
+        for event in iterate(ticket):
+            answers[-1].append(event)
+            if len(answers) == 1 and len(answers[0]) == 3:
                 signal.raise_signal(signal.SIGINT)
             yield event
 
-    monkeypatch.setattr(Session, "generate", pressed)
-    _, err = chat(capsys, monkeypatch, "hello\nhow are you?\n", run, "--seed", 2, "--max-tokens", 12)
-    assert len(written) == 3 + 12
+    monkeypatch.setattr(Ticket, "__iter__", pressed)
+    _, err = chat(capsys, monkeypatch, "hello\nhow are you?\n", run, "--seed", 2, "--max-tokens", 300)
+    assert 3 <= len(answers[0]) < 300
+    assert answers[0][-1].finish is None
+    assert answers[1][-1].finish is not None
     assert err.count("bytes]") == 2

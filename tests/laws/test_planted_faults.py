@@ -124,12 +124,12 @@ def test_law_finds_its_fault(number: int, subject: Callable[[], Any]) -> None:
 
 def test_law_7_finds_an_inaccurate_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded(rec: Any, x: Any, s: Any, cu_seqlens: Tensor | None, chunk_size: int | None) -> tuple[Tensor, Any]:
-        kernel = backends.find(Decay(), "torch", torch.device("cpu"))
+        kernel = backends.find(Decay(), "torch", x, chunk_size)
         assert kernel is not None
         output, state = kernel(rec, x, s, cu_seqlens, chunk_size)
         return output.bfloat16().to(output.dtype), state
 
-    monkeypatch.setitem(backends._kernels, (Decay, "triton"), (rounded, "cpu"))
+    monkeypatch.setitem(backends._kernels, (Decay, "triton"), backends.Entry(rounded, "cpu"))
     assert broken(7, Family(Decay()))
 
 

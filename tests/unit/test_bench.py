@@ -12,12 +12,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from isotach.bench import decode, families, ops, report, train
+from isotach import mixers as all_mixers
+from isotach.bench import decode, families, mixers, ops, report, train
 from isotach.bench.ops import Contender, Shape
 from isotach.config import parse
 from isotach.errors import UserError
 from isotach.models.decoder import Decoder, ModelConfig
 from isotach.models.state import DecoderState
+from isotach.nn.mixer import Mixer
+from isotach.ops.recurrence import stored_fields
 
 CPU = torch.device("cpu")
 TINY = Shape(heads=2, tokens=128, width=16, documents=10)
@@ -36,9 +39,10 @@ def test_contenders_agree_with_float64(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ops.CONTENDERS)
+@pytest.mark.parametrize("name", ops.CONTENDERS | ops.KERNELS)
 def test_contenders_agree_with_float64_on_a_gpu(name: str) -> None:
-    assert ops.error(ops.CONTENDERS[name](ops.SMALL, torch.device("cuda"))) < ops.CORRECT
+    device = torch.device("cuda")
+    assert ops.error(ops.contenders(device)[name](ops.SMALL, device)) < ops.CORRECT
 
 
 def test_the_packed_row_holds_the_documents_it_claims() -> None:
@@ -203,3 +207,57 @@ def test_a_duel_is_timed_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert len(result.rows) == 4
     assert not result.refused
+
+
+def test_every_causal_mixer_is_measured_and_what_keeps_its_size_has_a_bound() -> None:
+    result = mixers.measure(device=CPU, lengths=(40, 600), rounds=1)
+    assert result.refused == []
+    causal = {name for name in all_mixers.names() if all_mixers.find(name).causal}
+    assert {row["mixer"] for row in result.rows} == causal | {"lightning, cached"}
+    assert "vicinity" not in causal
+    for name in causal:
+        layer = mixers.build(name, {}, dtype=torch.float32, device=CPU)
+        grows = bool(stored_fields(layer.recurrence.State))
+        short, long = (row for row in result.rows if row["mixer"] == name)
+        assert (short["tokens"], long["tokens"]) == (40, 600)
+        assert (long["state_bytes"] > short["state_bytes"]) == grows
+        assert long["step_ms"] > 0
+        own = [figure for figure in result.figures if figure.name.startswith(f"{name}: ")]
+        assert [figure.at_most for figure in own] == 2 * [None if grows else 1.15]
+    assert {figure.at_most for figure in result.figures if figure.name.startswith("lightning, cached: ")} == {None}
+
+
+def test_a_cost_per_token_is_that_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that adds a tick for every token read, and nine for the first of a call."""
+    now = 0.0
+
+    def forward(self: Mixer, x: Tensor, *how: Any) -> Any:
+        nonlocal now
+        now += x.shape[1] + 9
+        return exact(self, x, *how)
+
+    exact = Mixer.forward
+    monkeypatch.setattr(mixers, "contenders", lambda: {"gla": {}})
+    monkeypatch.setattr(mixers, "SHAPE", {"width": 16, "heads": 2})
+    monkeypatch.setattr(Mixer, "forward", forward)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    result = mixers.measure(device=CPU, lengths=(20, 60, 90), rounds=2)
+    assert [row["ms_per_token"] for row in result.rows] == pytest.approx([1450, 1150, 1100])
+    assert [row.get("step_ms") for row in result.rows] == pytest.approx([1e4, None, 1e4])
+    read, step = result.figures
+    assert (read.name, step.name) == ("gla: ms per token read at 90 over 20", "gla: ms of a step after 90 over 20")
+    assert (read.value, step.value) == pytest.approx((1100 / 1450, 1.0))
+
+
+def test_a_mixer_that_forgets_between_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = Mixer.forward
+
+    def forgetful(self: Mixer, x: Tensor, state: Any, *how: Any) -> Any:
+        return exact(self, x, None, *how)
+
+    monkeypatch.setattr(mixers, "contenders", lambda: {"gla": {}, "rwkv7": {}})
+    monkeypatch.setattr(mixers, "SHAPE", {"width": 16, "heads": 2})
+    monkeypatch.setattr(Mixer, "forward", forgetful)
+    result = mixers.measure(device=CPU, lengths=(40, 80), rounds=1)
+    assert [sentence.split(":")[0] for sentence in result.refused] == ["gla", "rwkv7"]
+    assert (result.rows, result.figures) == ([], [])

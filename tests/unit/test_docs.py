@@ -1,5 +1,6 @@
 """The documentation is run: examples, commands, links, generated pages."""
 
+import io
 import re
 import shlex
 import shutil
@@ -8,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from isotach import cli, mixers
+from isotach.bench import report
 from isotach.testing import laws, subjects
 from tools import docs
 
@@ -57,6 +60,35 @@ def test_the_tree_in_the_architecture_is_the_tree() -> None:
     there = sorted(path.name for path in (docs.ROOT / "isotach").rglob("*.py") if path.name != "__init__.py")
     assert sorted(re.findall(r"\w+\.py", house)) == there
     assert all((docs.ROOT / path).exists() for path in re.findall(r"`((?:tests|tools|docs)/[\w/.]+)`", text))
+
+
+def test_a_mixers_page_shows_what_the_benchmark_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docs, "SPEED", tmp_path / "mixers.json")
+    assert docs.speed("lightning") == ""
+    rows = [
+        {
+            "mixer": "lightning",
+            "tokens": 2048,
+            "ms": 20.48,
+            "ms_per_token": 0.01,
+            "step_ms": 0.25,
+            "state_bytes": 65536,
+        },
+        {"mixer": "lightning", "tokens": 4096, "ms": 48.0, "ms_per_token": 0.0117, "state_bytes": 65536},
+        {"mixer": "softmax", "tokens": 2048, "ms": 99.0, "ms_per_token": 0.05, "step_ms": 0.9, "state_bytes": 4194320},
+    ]
+    how = {"width": 256, "heads": 4, "dtype": "float32", "device": "cpu"}
+    monkeypatch.setattr(report.Neighbours, "cores", lambda self: 1.5)
+    console = Console(file=io.StringIO(), width=120)
+    report.publish("mixers", lambda: report.Result(how, rows), folder=tmp_path, wait=0.0, console=console)
+    shown = docs.speed("lightning").splitlines()
+    assert shown[0].startswith(f"One layer, width 256, 4 heads, float32, on {report.machine()['cpu']} with ")
+    assert shown[0].endswith("The machine was not idle.")
+    assert shown[-2:] == ["| 2,048 | 0.01 | 0.25 | 65,536 |", "| 4,096 | 0.0117 |  | 65,536 |"]
+    assert docs.speed("vicinity") == ""  # reads sets, and is not measured
+    page = docs.generated("lightning", {})
+    assert docs.speed("lightning") in page.partition("## Speed")[2].partition("## Laws")[0]
+    assert "## Speed" not in docs.generated("vicinity", {})
 
 
 def test_numerics_lists_the_laws() -> None:

@@ -5,10 +5,15 @@ import math
 import pytest
 import torch
 
-from isotach import shapes
+from isotach import mixers, shapes
+from isotach.errors import UserError
+from isotach.nn import memory_cache, mixer
 from isotach.ops.decay import Decay
+from isotach.ops.delta import Delta
 from isotach.ops.engine import Span, run
-from isotach.ops.history import History
+from isotach.ops.history import Blocks, History, Sliding
+from isotach.ops.recurrence import Recurrence
+from isotach.ops.toeplitz import Toeplitz
 from isotach.rng import generator
 from isotach.testing import subjects
 
@@ -35,7 +40,10 @@ def test_head_major_values_are_recognised() -> None:
         ({"state": REC.initial(example(), 3)}, "one row per sequence or document = 2; got 3"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"span": Span(Span.of(2, 9).positions, torch.tensor([0, 9]))}, "packing takes B = 1"),
-        ({"backend": "triton"}, "no triton backend is registered"),
+        (
+            {"backend": "triton"},
+            r"(no triton backend is registered|triton backend runs on cuda).*; use backend='torch'",
+        ),
     ],
 )
 def test_refusals(change: dict[str, object], message: str) -> None:
@@ -156,3 +164,74 @@ def test_autocast_does_not_reach_into_a_recurrence(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got, _ = subject.run(variant, x, None, span)
     assert torch.equal(got, expected)
+
+
+LIMITED = [
+    (family.name, field, side)
+    for family in subjects.families()
+    for field, within in shapes.limits(family.rec.Inputs).items()
+    for side in ("low", "high")
+    if math.isfinite(getattr(within, side))
+]
+
+
+def test_every_decay_and_beta_says_what_it_takes() -> None:
+    families = {family.name: family.rec.Inputs._fields for family in subjects.families()}
+    named = {(name, field) for name, fields in families.items() for field in fields if field in ("log_decay", "beta")}
+    assert named
+    assert named <= {(name, field) for name, field, _ in LIMITED}
+
+
+@pytest.mark.parametrize(("name", "field", "side"), LIMITED)
+def test_one_value_out_of_range_is_refused(name: str, field: str, side: str) -> None:
+    """Family, field, what is expected, what came and what to do; the bound itself is in range."""
+    subject = subjects.Family.named(name)
+    within, sign = shapes.limits(subject.rec.Inputs)[field], 1 if side == "high" else -1
+    x, span = subject.example(subject.variants[-1], subjects.SIZES, torch.float32), Span.of(2, subjects.SIZES["T"])
+    leaf = getattr(x, field)
+    leaf.view(-1)[-1] = getattr(within, side)
+    subject.run("", x, None, span)
+    leaf.view(-1)[-1] += sign * 0.25
+    words = f"{subject.rec.name}: {field} must be {within}; got {leaf.view(-1)[-1]:g}; {within.remedy}"
+    with pytest.raises(UserError) as refused:
+        subject.run("", x, None, span)
+    assert str(refused.value) == words
+
+
+def test_what_is_not_a_number_shows_in_the_result() -> None:
+    """It lies on no side of any bound."""
+    x = example()
+    x.log_decay[0, 0] = torch.nan
+    assert run(REC, x, None, Span.of(2, 9))[0][0].isnan().all()
+    beta = Delta.Inputs(x.q, x.k, x.v, torch.full_like(x.v[..., :1], torch.nan), torch.zeros_like(x.log_decay))
+    assert run(Delta(), beta, None, Span.of(2, 9))[0].isnan().all()
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_no_mixer_leaves_the_range_of_its_recurrence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why mixers go past the door: even large inputs do not get a projection out of range."""
+    for module in (mixer, memory_cache):
+        monkeypatch.setattr(module, "advance", run)
+    layer = subjects.Layer(name)
+    for variant in layer.variants:
+        x = layer.example(variant, subjects.SIZES, torch.float32)
+        for scale in (1.0, 100.0):
+            layer.run(variant, subjects.Hidden(scale * x.x), None, Span.of(2, subjects.SIZES["T"]))
+
+
+@pytest.mark.parametrize("rec", [Blocks(4), Sliding(4), Delta(), History(lambda distance: -distance[None]), Toeplitz()])
+def test_what_looks_back_only_reads_no_set(rec: Recurrence) -> None:
+    """Blocks would read every token from the last block alone."""
+    sizes = {"B": 2, "T": 9, "H": 2, "G": 2, "K": 4, "V": 4, "L": 9}
+    x = shapes.example(rec.Inputs, sizes, generator(0, "set"), draws=rec.ranges)
+    with pytest.raises(ValueError, match=rf"^{rec.name}: causal must be True, .*; got causal=False; leave it out, or"):
+        run(rec, x, None, Span.of(2, 9), causal=False)
+
+
+def test_a_layer_told_to_look_ahead_refuses_where_its_memory_cannot() -> None:
+    """TransNormer's DiagAttention, whose state holds nothing but the last block."""
+    layer = subjects.Layer("transnormer")
+    module = layer.module("first", torch.float32)
+    module.causal = False  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^blocks: causal must be True"):
+        layer.run("first", layer.example("first", subjects.SIZES, torch.float32), None, Span.of(2, 37))

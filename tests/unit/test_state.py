@@ -8,10 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from isotach import mixers
 from isotach.config import parse
 from isotach.errors import UserError
 from isotach.models.decoder import Decoder, ModelConfig
 from isotach.models.state import DecoderState
+from isotach.ops.engine import Span
 
 PATTERNS = (["lightning"], ["softmax"], ["lightning", "softmax"])
 
@@ -75,6 +77,77 @@ def test_rows_of_different_ages_step_together() -> None:
     for row, state in enumerate(states):
         alone, _ = model(text(3, 5, seed=2)[row : row + 1], state)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-10, atol=1e-12)
+
+
+def _causal() -> list[str]:
+    return [name for name in mixers.names() if mixers.find(name).causal]
+
+
+CACHED = {"lightning": {"cache": {"segment": 4}}}
+EVERY = [*((name, {}) for name in _causal()), ("lightning", CACHED), ("tnn", {"tnn": {"window": 6}})]
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=[f"{name}{' '.join(options)}" for name, options in EVERY])
+@torch.inference_mode()
+def test_rows_of_any_age_come_and_go_and_are_as_if_alone(name: str, options: dict[str, object]) -> None:
+    """Stepped and read packed; one of them has read nothing, and the growing ones have room reserved or not."""
+    model = decoder(["lightning", name], **options).double()
+    tokens = text(1, 40)
+    alone = [model.initial(), *(model(tokens[:, :n])[1] for n in (3, 17, 8))]
+    alone[2] = alone[2].reserved(lambda block, state: model.room(block, state, 40))
+    together = DecoderState.cat(alone)
+    following = text(8, 12, seed=2)
+
+    def check(outputs: Tensor, rows: list[int], steps: slice) -> None:
+        for place, row in enumerate(rows):
+            expected, alone[row] = model(following[row : row + 1, steps], alone[row])
+            torch.testing.assert_close(outputs[place : place + 1], expected, rtol=1e-9, atol=1e-11)
+
+    for t in range(3):
+        outputs, together = model(following[:4, t : t + 1], together)
+        check(outputs, [0, 1, 2, 3], slice(t, t + 1))
+    alone += [model(tokens[:, :5])[1], model.initial()]
+    together = together.exchanged(torch.tensor([3, 1]), [alone[4], alone[5]])
+    rows = [3, 1, 4, 5]
+    outputs, together = model(following[rows, 3:4], together)
+    check(outputs, rows, slice(3, 4))
+    lengths = [2, 0, 5, 1]
+    packed = torch.cat([following[row, 4 : 4 + n] for row, n in zip(rows, lengths, strict=True)])[None]
+    span = Span.packed(torch.tensor([0, *lengths]).cumsum(0), start=together.positions)
+    outputs, together = model(packed, together, span=span)
+    for row, n, own in zip(rows, lengths, outputs[0].split(lengths), strict=True):
+        if n:
+            expected, alone[row] = model(following[row : row + 1, 4 : 4 + n], alone[row])
+            torch.testing.assert_close(own[None], expected, rtol=1e-9, atol=1e-11)
+    together = together.select(torch.tensor([2, 0]))
+    outputs, _ = model(following[[4, 3], 9:11], together.compact())
+    check(outputs, [4, 3], slice(9, 11))
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=[f"{name}{' '.join(options)}" for name, options in EVERY])
+@torch.inference_mode()
+def test_every_state_is_saved_and_loaded(name: str, options: dict[str, object], tmp_path: Path) -> None:
+    model = decoder(["lightning", name], **options)
+    tokens = text(1, 30)
+    for read in (0, 1, 23):
+        state = model(tokens[:, :read])[1] if read else model.initial()
+        reserved = state.reserved(lambda block, name: model.room(block, name, 30))
+        reserved.save(tmp_path / "state", weights=model.fingerprint(), tokens="abc")
+        loaded = DecoderState.load(tmp_path / "state", decoder=model, tokens="abc")
+        assert loaded.nbytes() == state.nbytes()
+        following = tokens[:, read : read + 7]
+        torch.testing.assert_close(model(following, loaded)[0], model(following, state)[0], rtol=1e-3, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_a_growing_row_stays_where_its_room_was_reserved() -> None:
+    model = decoder(["softmax"])
+    state = DecoderState.cat([model.initial()] * 2).reserved(lambda block, name: 40)
+    where = [row.k.data_ptr() for row in state.blocks[0]["main"]]
+    for t in range(40):
+        _, state = model(text(2, 40)[:, t : t + 1], state)
+    assert [row.k.data_ptr() for row in state.blocks[0]["main"]] == where
+    assert state.compact().nbytes() == 2 * model.state_bytes(40)
 
 
 @torch.no_grad()
