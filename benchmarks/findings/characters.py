@@ -56,12 +56,14 @@ def trained(model: Mapping[str, Any], text: str, run: Path, *, seq_len: int, ste
         keep=1,
         threads=1,
     )
-    recipe = Recipe(model=ModelConfig.model_validate(SHAPE | dict(model)), data=data(text), train=settings)
+    recipe = Recipe(model=ModelConfig.model_validate({**SHAPE, **model}), data=data(text), train=settings)
     begun = bool(checkpoint.step_folders(run))
     if not begun:
         shutil.rmtree(run, ignore_errors=True)
     run.parent.mkdir(parents=True, exist_ok=True)
-    train(recipe, run, resume=begun)
+    summary = train(recipe, run, resume=begun)
+    if summary.stopped:
+        sys.exit(f"{run}: stopped by {summary.stopped} after {summary.step} of {steps} updates; run again to go on")
     return Decoder.load(checkpoint.latest(run))
 
 

@@ -12,6 +12,7 @@ from isotach.errors import UserError
 class Benchmark(StrEnum):
     ops = "ops"
     families = "families"
+    mixers = "mixers"
     decode = "decode"
     train = "train"
 
@@ -23,7 +24,10 @@ class Device(StrEnum):
 
 def bench(
     name: Annotated[
-        Benchmark, typer.Argument(help="The operators, every family beside its rivals, decoding, or training.")
+        Benchmark,
+        typer.Argument(
+            help="The operators, every family beside its rivals, every mixer as the text grows, decoding, or training."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for NAME.json, or NAME-cuda.json.")] = Path("benchmarks/results"),
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
@@ -43,8 +47,8 @@ def bench(
 
     if device == Device.cuda and not torch.cuda.is_available():
         raise UserError("bench: expected a CUDA device, found none; use --device cpu")
-    if preset and name in (Benchmark.ops, Benchmark.families):
-        raise UserError("bench: --preset is for decode and train; the operators have one shape")
+    if preset and name not in (Benchmark.decode, Benchmark.train):
+        raise UserError("bench: --preset is for decode and train; the others have one shape")
     for each in preset or []:
         presets.preset(each)  # refuses an unknown one before the wait
     choice: dict[str, object] = {"presets": preset} if preset else {}
