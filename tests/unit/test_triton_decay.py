@@ -33,6 +33,9 @@ from isotach.ops.triton import device, pieces
 REC = Decay()
 FOLDER = Path(isotach.ops.triton.__file__).parent
 NAMES = ("output", "state", "dq", "dk", "dv", "dlog_decay", "dstate")
+# Of the gradient of a rate that all tokens share, a sum over all pairs of them. It is one number per head: which of two
+# backends is nearer is then a lottery.
+FEW = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 BOUNDS = [0, 1, 2, 18, 18, 60, 60]  # documents of one token, of none, inside a chunk and across chunks
 
 
@@ -85,7 +88,7 @@ def case(
 
 
 def excess(case: Case, dtype: torch.dtype = torch.float32, chunk_size: int | None = None) -> dict[str, float]:
-    """Our error over the plain backend's, both against float64, by what was computed."""
+    """Our error over the plain backend's, both against float64, by what was computed; over FEW, of a few numbers."""
     exact = case.everything("reference", torch.float64)
     got, plain = case.everything("triton", dtype, chunk_size), case.everything("torch", dtype)
     ratios = {}
@@ -93,7 +96,8 @@ def excess(case: Case, dtype: torch.dtype = torch.float32, chunk_size: int | Non
         assert bool(ours.isfinite().all()), name
         assert ours.dtype == theirs.dtype, name
         errors = [float((each.to(dtype).double() - want).norm() / want.norm()) for each in (ours, theirs)]
-        ratios[name] = errors[0] / max(errors[1], torch.finfo(dtype).eps / 4)
+        allowed = max(errors[1], torch.finfo(dtype).eps / 4) if want.numel() > 100 else FEW[dtype]
+        ratios[name] = errors[0] / allowed
     return ratios
 
 
@@ -259,8 +263,8 @@ def test_a_pack_is_cut_without_looking_at_it(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_of_a_constant_rate_does_not_drift(on_cpu: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """It is a sum over all pairs of tokens; found from far away, the errors of all tokens between would count."""
-    given = case(time=300, heads=8, width=16, values=16, per_token=False, dtype=dtype)
+    """Found from far away, the errors of all tokens between would count: it would be off by 4e-5, and by 0.1."""
+    given = case(time=700, heads=3, width=16, values=16, per_token=False, dtype=dtype)
     assert excess(given, dtype)["dlog_decay"] <= 2
 
 
