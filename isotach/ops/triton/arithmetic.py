@@ -4,16 +4,30 @@ Products are formed in the inputs' dtype where that loses nothing but its last b
 product returned is never transposed before it enters another: Triton 3.4 to 3.7.0 miscompiles that on Hopper.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-# By dtype of the queries: what factors are rounded to, and how float32 factors are multiplied. Large states and scores
-# would overflow float16, so its products are formed in float32's range.
+
+class Operands(NamedTuple):
+    """What factors are rounded to, and how float32 factors are multiplied; `exact`, where rounding must not show.
+
+    split  exact products of factors that are rounded get the rest as a second term
+    """
+
+    dtype: tl.dtype
+    precision: str
+    exact: str
+    split: bool
+
+
+# By dtype of the queries. Large states and scores would overflow float16, so its products take float32's range.
 OPERANDS = {
-    torch.bfloat16: (tl.bfloat16, "tf32"),
-    torch.float16: (tl.float32, "tf32"),
-    torch.float32: (tl.float32, "ieee"),
+    torch.bfloat16: Operands(tl.bfloat16, "tf32", "tf32", True),
+    torch.float16: Operands(tl.float32, "tf32", "tf32x3", False),
+    torch.float32: Operands(tl.float32, "ieee", "ieee", False),
 }
 
 
@@ -24,11 +38,11 @@ def tile(base, rows, stride, columns, count, WIDTH: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def product(a, b, into, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """into + a b for float32 b, which is rounded to OPERAND; EXACT adds what rounding took."""
+def product(a, b, into, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """into + a b for float32 b, which is rounded to OPERAND; SPLIT adds what rounding took."""
     near = b.to(OPERAND)
     into = tl.dot(a, near, into, input_precision=PRECISION)
-    if EXACT:
+    if SPLIT:
         into = tl.dot(a, (b - near.to(tl.float32)).to(OPERAND), into, input_precision=PRECISION)
     return into
 

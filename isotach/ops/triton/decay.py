@@ -70,7 +70,7 @@ CONFIGS = {
     (torch.bfloat16, 256): Config(64, 32, 8, 2, 1024, 170 << 10),
     (torch.float16, 64): Config(32, 32, 4, 2, 1024, 48 << 10),
     (torch.float16, 128): Config(32, 32, 4, 2, 1024, 48 << 10),
-    (torch.float16, 256): Config(32, 32, 8, 2, 1024, 64 << 10),
+    (torch.float16, 256): Config(32, 32, 8, 2, 1024, 99 << 10),
     (torch.float32, 64): Config(32, 32, 8, 1, 64, 48 << 10),
     (torch.float32, 128): Config(32, 32, 8, 1, 64, 48 << 10),
     (torch.float32, 256): Config(16, 16, 8, 1, 64, 48 << 10),
@@ -88,7 +88,7 @@ def _sweep(  # type: ignore[no-untyped-def]
     before_document, before_head, before_x, before_z,
     HEADS: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, ANCHOR: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr, PER_TOKEN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):
     # fmt: on
     """One piece, head and block of z's columns; without x, only what the piece adds to a state of zeros.
@@ -145,7 +145,7 @@ def _sweep(  # type: ignore[no-untyped-def]
         if x is not None:
             xs = tile(x + token * x_token + head * x_head, rows[:, None], x_token, wide[None, :], count, X).to(OPERAND)
             outputs, alone = _outputs(
-                xs, ws, zs, state, sums, total, rows, REVERSE, OPERAND, PRECISION, EXACT, dots is not None
+                xs, ws, zs, state, sums, total, rows, REVERSE, OPERAND, PRECISION, SPLIT, dots is not None
             )
             if dots is not None:
                 others = partner + token * partner_token + head * partner_head
@@ -157,7 +157,7 @@ def _sweep(  # type: ignore[no-untyped-def]
             tl.store(spots, outputs.to(y.dtype.element_ty), mask=(rows < count)[:, None] & (columns < Z)[None, :])
         left = (sums if REVERSE else total - sums).to(tl.float32)
         update = zs.to(tl.float32) * tl.exp(left)[:, None]
-        state = product(ws, update, state * tl.exp(total.to(tl.float32)), OPERAND, PRECISION, EXACT)
+        state = product(ws, update, state * tl.exp(total.to(tl.float32)), OPERAND, PRECISION, SPLIT)
         faded += total
         if anchors is not None and REVERSE:
             if (since % ANCHOR == 0) & (since > 0):
@@ -177,7 +177,7 @@ def _sweep(  # type: ignore[no-untyped-def]
 @triton.jit
 def _outputs(  # type: ignore[no-untyped-def]
     xs, ws, zs, state, sums, total, rows,
-    REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, STRICT: tl.constexpr,
+    REVERSE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, STRICT: tl.constexpr,
 ):  # fmt: skip
     """y of a chunk. STRICT leaves out each token's own z, and returns by what it is to be multiplied."""
     visible = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
@@ -187,7 +187,7 @@ def _outputs(  # type: ignore[no-untyped-def]
         diagonal = rows[:, None] == rows[None, :]
         alone = tl.sum(tl.where(diagonal, scores, 0.0), 1)
         scores = tl.where(diagonal, 0.0, scores)
-    outputs = product(xs, state, tl.zeros(zs.shape, tl.float32), OPERAND, PRECISION, EXACT)
+    outputs = product(xs, state, tl.zeros(zs.shape, tl.float32), OPERAND, PRECISION, SPLIT)
     outputs *= tl.exp((total - sums if REVERSE else sums).to(tl.float32))[:, None]
     outputs = tl.dot(scores.to(OPERAND), zs.to(OPERAND), outputs, input_precision=PRECISION)
     return outputs, alone
@@ -342,7 +342,7 @@ class _Call:
     def __init__(self, x: Decay.Inputs, cu_seqlens: Tensor | None, chunk_size: int | None) -> None:
         config = _config(x, chunk_size)
         assert isinstance(config, Config), config  # run has refused already
-        self.config, (self.operand, self.precision) = config, OPERANDS[x.q.dtype]
+        self.config, self.operands = config, OPERANDS[x.q.dtype]
         self.batch, time, self.heads, _ = x.q.shape
         self.per_token = x.log_decay.shape[1] != 1
         self.log_decay = x.log_decay.flatten(0, 1) if self.per_token else x.log_decay[:, 0]
@@ -376,13 +376,14 @@ class _Call:
     ) -> None:
         """Fill y, after and the ledger, or between and totals; all as the kernel has it."""
         pieces, config, heads, wide, columns = self.pieces, self.config, self.heads, w.shape[-1], z.shape[-1]
-        programs = pieces.limit * heads * self.blocks(columns)
+        programs, operands = pieces.limit * heads * self.blocks(columns), self.operands
+        exact = exact or ledger is not None
         if programs == 0:
             return
         dots = anchors = links = None
         if ledger is not None:
             dots, anchors, links = ledger.writes if reverse else ledger.reads, ledger.anchors, ledger.links
-        rows = [_flat(row) for row in (x, w, z, partner if ledger else None)]
+        rows = [_flat(row) for row in (x, w, z, partner if ledger is not None else None)]
         (x_rows, *x_at), (w_rows, *w_at), (z_rows, *z_at), (partners, *partners_at) = rows
         with torch.cuda.device_of(z):
             _sweep[(programs,)](
@@ -392,7 +393,8 @@ class _Call:
                 *x_at, *w_at, *z_at, *partners_at, *self.log_decay.stride()[:2], *_sides(before, turned),
                 HEADS=heads, X=wide, Z=columns, WIDTH=_padded(wide), BLOCK=min(config.block, _padded(columns)),
                 CHUNK=config.chunk, ANCHOR=config.anchor, REVERSE=reverse, TURNED=turned, PER_TOKEN=self.per_token,
-                OPERAND=self.operand, PRECISION=self.precision, EXACT=exact or ledger is not None,
+                OPERAND=operands.dtype, PRECISION=operands.exact if exact else operands.precision,
+                SPLIT=exact and operands.split,
                 num_warps=config.warps, num_stages=config.stages, maxnreg=REGISTERS,
             )  # fmt: skip
 
