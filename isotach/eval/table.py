@@ -148,7 +148,10 @@ def compute(table: TableConfig, folder: Path, cell: Cell) -> dict[str, Any]:
     """The cell's result, written to its file."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # distance biases make weights so small that a processor takes ten times as long
-    result = {"recall": _recall, "text": _text, "speed": _speed}[cell.kind](table, folder, cell)
+    try:
+        result = {"recall": _recall, "text": _text, "speed": _speed}[cell.kind](table, folder, cell)
+    finally:
+        torch.set_flush_denormal(False)
     path = folder / cell.file
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(cell) | result, indent=1)
