@@ -34,7 +34,7 @@ from isotach.search.ranking import kendall
 
 NAME = "receptive"
 FULL = 1024
-WINDOWS = (*(round(2 ** (i / 4)) for i in range(12, 37)), FULL)  # 8 to 512, four to an octave
+WINDOWS = (*sorted({round(2 ** (i / 4)) for i in range(37)}), FULL)  # 1 to 512, four to an octave
 STRETCHES, SCORED = 24, 128
 SHARES = (0.01, 0.05)  # ε; the verdict is about the first
 BATCH = 1 << 15  # characters read at a time
@@ -80,6 +80,7 @@ def conclude(found: dict[str, dict[str, Any]]) -> Finding:
         eps: kendall(list(own.values()), [float(practice[eps][name]) for name in own]) for eps, own in theory.items()
     }
     here, there = theory
+    learned = kendall([found[name]["loss"][-1] for name in CONVERGING], [practice[here][name] for name in CONVERGING])
     verdict: Verdict = "not reproduced"
     if tau[here] >= 0.2:
         verdict = "reproduced" if tau[here] >= 0.6 else "partly reproduced"
@@ -88,7 +89,11 @@ def conclude(found: dict[str, dict[str, Any]]) -> Finding:
         for name in CONVERGING
         for kind, own in (("TRF", theory), ("ERF", practice))
     ]
-    rows += [Comparison(what=f"Kendall's τ at {eps}", authors=None, ours=value, unit="") for eps, value in tau.items()]
+    rows.append(Comparison(what=f"Kendall's τ of ERF({here}) and the loss", authors=None, ours=learned, unit=""))
+    rows += [
+        Comparison(what=f"Kendall's τ of TRF({eps}) and ERF({eps})", authors=None, ours=value, unit="")
+        for eps, value in tau.items()
+    ]
     reach, sight = theory[here].values(), [practice[here][name] for name in CONVERGING]
     return Finding(
         name=NAME,
@@ -104,7 +109,13 @@ def conclude(found: dict[str, dict[str, Any]]) -> Finding:
         verdict=verdict,
         because=f"Over the {len(CONVERGING)} encodings that converge Kendall's τ between the two fields is "
         f"{tau[here]:+.2f} at ε = {here} and {tau[there]:+.2f} at {there}. At {here} the computed fields span "
-        f"{min(reach):,.0f} to {max(reach):,.0f} characters, the measured ones {min(sight)} to {max(sight)}.",
+        f"{min(reach):,.0f} to {max(reach):,.0f} characters, the measured ones {min(sight)} to {max(sight)}. Between the "
+        f"measured field and the loss of a model τ is {learned:+.2f}"
+        + (
+            ": after so little training a field tells what a model has learned."
+            if abs(learned) > abs(tau[here])
+            else "."
+        ),
         curves={
             "windows": list(WINDOWS),
             "loss": {name: own["loss"] for name, own in found.items()},
