@@ -113,17 +113,20 @@ def conclude(found: dict[str, dict[str, Any]]) -> Finding:
 
 
 def draw(finding: Finding) -> None:
-    """How much the loss changes with context."""
+    """How much the loss changes with context; dotted what counts as no change."""
     plt.rcParams["svg.hashsalt"] = "isotach"
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     labels = {"inverse": "1 / (1 + x)", "inverse_log": "1 / (x ln x)", "none": "no encoding", "rope": "RoPE"}
+    shift = {"inverse": 4, "inverse_log": -5}  # points, so that labels do not touch
     contexts = finding.curves["contexts"]
     for name, loss in finding.curves["loss"].items():
         color = "C0" if name in CONVERGING else f"C{1 + DIVERGING.index(name)}"
         axes.plot(contexts, [nats - loss[0] for nats in loss], "o-", color=color, markersize=3, linewidth=1)
         if name in labels:
             end = (contexts[-1], loss[-1] - loss[0])
-            axes.annotate(labels[name], end, (6, 0), textcoords="offset points", va="center", color=color)
+            axes.annotate(
+                labels[name], end, (6, shift.get(name, 0)), textcoords="offset points", va="center", color=color
+            )
     axes.annotate("9 that converge", (contexts[-1], 0), (6, 0), textcoords="offset points", va="center", color="C0")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.01)
