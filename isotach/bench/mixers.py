@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from isotach import mixers
+from isotach.allocator import keep_blocks
 from isotach.bench.ops import CORRECT
 from isotach.bench.report import Figure, Result, interleave, milliseconds, paired, relative_error
 from isotach.nn.mixer import Mixer, MixerState, Place, initialize
@@ -31,7 +32,11 @@ STEPS = 16  # single tokens in a turn; turns follow each other, so at most a few
 
 
 def measure(*, device: torch.device, lengths: tuple[int, ...] = LENGTHS, rounds: int = 9) -> Result:
-    """B1, float32; a row per mixer and length, lengths ascending. A wrong result is refused."""
+    """B1, float32; a row per mixer and length, lengths ascending. A wrong result is refused.
+
+    As in training, freed blocks are kept.
+    """
+    keep_blocks()
     settings = {**SHAPE, "batch": 1, "dtype": "float32", "lengths": list(lengths), "steps": STEPS}
     result = Result(settings | {"device": str(device)})
     for name, options in contenders().items():

@@ -2,6 +2,8 @@
 
 A figure is the median over rounds of a ratio between two contenders of the same round: a machine that slows down
 slows both. A contender is timed only after its result was compared with float64; a wrong one is refused.
+
+What people read, a page and a picture, is made from the stored file alone.
 """
 
 import json
@@ -13,38 +15,45 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from isotach import __version__
+from isotach.allocator import allocation
+from isotach.bench import picture
 from isotach.errors import UserError
 from isotach.files import write_atomically
 
 QUIET = 0.1  # cores that others may keep busy on a machine called idle: 5 % of the two-core machine of the results
-WIDTH = 120  # columns that the tables want
+WIDTH = 160  # columns that the tables want
 Row = dict[str, Any]
+Clock = Callable[[Callable[[], object]], float]  # seconds that a call takes
 K = TypeVar("K")  # whatever a caller names its contenders by
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that stands for the benchmark, and the bound it is held against."""
+    """A number that stands for the benchmark, None where it was not measured, and the bound it is held against."""
 
     name: str
-    value: float
+    value: float | None
     at_least: float | None = None
     at_most: float | None = None
 
     @property
-    def met(self) -> bool:
+    def verdict(self) -> str:
+        """met, missed, not measured, or nothing where there is no bound."""
+        if self.value is None:
+            return "not measured"
+        if not self.bound:
+            return ""
         low = -float("inf") if self.at_least is None else self.at_least
         high = float("inf") if self.at_most is None else self.at_most
-        return low <= self.value <= high
+        return "met" if low <= self.value <= high else "missed"
 
     @property
     def bound(self) -> str:
@@ -56,16 +65,34 @@ class Figure:
 
 @dataclass
 class Result:
-    """What a benchmark found; `refused` holds a sentence for every row left out because its result was wrong."""
+    """What a benchmark found.
+
+    refused   a sentence for every row that is missing because its result was wrong
+    absent    a sentence for everything that was not measured: who is not installed, what would have taken too long
+    """
 
     settings: Row
     rows: list[Row] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def document(self) -> Row:
+        """As it is stored."""
+        return asdict(self) | {"figures": [{**asdict(figure), "verdict": figure.verdict} for figure in self.figures]}
 
 
-def publish(name: str, measure: Callable[[], Result], *, folder: Path, wait: float, console: Console) -> Result:
-    """Wait for an idle machine, measure, print the tables and write folder/name.json.
+def publish(
+    name: str,
+    measure: Callable[[], Result],
+    *,
+    folder: Path,
+    wait: float,
+    console: Console,
+    panels: Callable[[Row], Sequence[picture.Panel]] = lambda document: (),
+) -> Result:
+    """Wait for an idle machine, measure, print the tables, and write folder/name.json, .md, and .svg where `panels`
+    finds something to draw in what was stored.
 
     Raises UserError when the folder cannot be written, before anything is measured.
     """
@@ -89,13 +116,12 @@ def publish(name: str, measure: Callable[[], Result], *, folder: Path, wait: flo
         "machine": machine(),
         "idle": idle,
         "cores_busy_with_others": busy,
-        "settings": result.settings,
-        "figures": [{**asdict(figure), "met": figure.met} for figure in result.figures],
-        "rows": result.rows,
-        "refused": result.refused,
+        **result.document(),
     }
-    show(result, console)
+    console.print(*tables(document), sep="\n\n", markup=False, highlight=False, soft_wrap=True)
     write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
+    for written, text in pages(name, document, panels).items():
+        write_atomically(folder / written, text.encode())
     if busy is None:
         console.print("Whether the machine was idle cannot be told here.")
     elif not idle:
@@ -107,27 +133,35 @@ def publish(name: str, measure: Callable[[], Result], *, folder: Path, wait: flo
 
 
 def interleave(
-    contenders: Mapping[K, Callable[[], object]], *, rounds: int, device: torch.device
+    contenders: Mapping[K, Callable[[], object]], *, rounds: int, device: torch.device, clock: Clock | None = None
 ) -> dict[K, list[float]]:
     """Seconds that every contender took in every round, after one round that is not counted.
 
-    The order turns by one each round, so that nobody always inherits the caches of the same neighbour. What a
-    contender returns is freed after its clock has stopped.
+    The order turns by one each round, so that nobody always inherits the caches of the same neighbour.
+
+    clock   None for what somebody waits: the time on the wall until the device is done
     """
+    clock = partial(wall, device=device) if clock is None else clock
     names = list(contenders)
     seconds: dict[K, list[float]] = {name: [] for name in names}
     for turn in range(-1, rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            synchronize(device)
-            start = time.perf_counter()
-            kept = contenders[name]()
-            synchronize(device)
-            spent = time.perf_counter() - start
-            del kept
+            spent = clock(contenders[name])
             if turn >= 0:
                 seconds[name].append(spent)
     return seconds
+
+
+def wall(call: Callable[[], object], *, device: torch.device) -> float:
+    """Seconds until the device is done; what the call returns is freed after the clock has stopped."""
+    synchronize(device)
+    start = time.perf_counter()
+    kept = call()
+    synchronize(device)
+    spent = time.perf_counter() - start
+    del kept
+    return spent
 
 
 def synchronize(device: torch.device) -> None:
@@ -199,11 +233,6 @@ def wait_until_quiet(limit: float) -> bool:
 def machine() -> Row:
     """The hardware and software that a figure depends on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    allocator = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES"))
-    }
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -215,7 +244,7 @@ def machine() -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "isotach": __version__,
-        "allocator": allocator or "default",
+        "allocator": allocation(),
     }
 
 
@@ -235,24 +264,51 @@ def commit() -> Row | None:
         return None
 
 
-def show(result: Result, console: Console) -> None:
-    """Print rows, figures and refusals as Markdown."""
-    if result.rows:
-        columns = list(
-            dict.fromkeys(key for row in result.rows for key in row if not isinstance(row[key], list | dict))
-        )
-        table = Table(*columns, box=box.MARKDOWN)
-        for row in result.rows:
-            table.add_row(*(_cell(row.get(column)) for column in columns))
-        console.print(table)
-    if result.figures:
-        table = Table("figure", "value", "bound", "met", box=box.MARKDOWN)
-        for figure in result.figures:
-            verdict = ("yes" if figure.met else "no") if figure.bound else ""
-            table.add_row(figure.name, _cell(figure.value), figure.bound, verdict)
-        console.print(table)
-    for sentence in result.refused:
-        console.print(f"Refused: {sentence}", markup=False)
+def pages(name: str, document: Row, panels: Callable[[Row], Sequence[picture.Panel]]) -> dict[str, str]:
+    """What people read of a stored result: NAME.md, and NAME.svg where `panels` finds something to draw."""
+    drawn = panels(document)
+    image = [f"![{', '.join(panel.title for panel in drawn)}]({name}.svg)"] if drawn else []
+    parts = [f"# isotach bench {document['benchmark']}", measured_on(document), *image, *tables(document)]
+    written = {f"{name}.md": "\n\n".join(parts) + "\n"}
+    return written | ({f"{name}.svg": picture.draw(drawn)} if drawn else {})
+
+
+def measured_on(document: Row) -> str:
+    """A sentence: the hardware, the software, the commit and the day of a stored result."""
+    on = document["machine"]
+    where = on["gpu"] if document["settings"].get("device") == "cuda" else f"{on['cpu']}, {on['threads']} threads"
+    commit = document["commit"]
+    at = "no commit" if commit is None else commit["hash"][:12] + (" and changes" if commit["modified"] else "")
+    busy = "; the machine was not idle" if document["idle"] is False else ""
+    return f"{where}, torch {on['torch']}, {at}, {document['date'][:10]}{busy}."
+
+
+def tables(document: Row) -> list[str]:
+    """Rows, figures, and what is missing and why, as Markdown."""
+    parts = []
+    if rows := document["rows"]:
+        columns = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list | dict)))
+        parts.append(markdown(columns, [[_cell(row.get(column)) for column in columns] for row in rows]))
+    if document["figures"]:
+        parts.append(figures(document))
+    parts += [f"Refused: {sentence}" for sentence in document["refused"]]
+    return parts + [f"Not measured: {sentence}" for sentence in document.get("absent", ())]
+
+
+def figures(document: Row) -> str:
+    """The figures of a stored result as a Markdown table."""
+    fields = ("name", "value", "at_least", "at_most")
+    found = [Figure(*(stored[field] for field in fields)) for stored in document["figures"]]
+    return markdown(("figure", "value", "bound", ""), [[f.name, _cell(f.value), f.bound, f.verdict] for f in found])
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns also line up as plain text."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 
 def _cell(value: object) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from isotach.allocator import keep_blocks
 from isotach.bench.decode import CORRECT, model_error, softmax_twin
 from isotach.bench.report import Figure, Result, interleave, milliseconds, paired
 from isotach.config import parse
@@ -33,6 +34,7 @@ def measure(
     steps: int = 30,
 ) -> Result:
     """Tokens per second for every preset, its twin and every length; the overhead of a real run of `steps` updates."""
+    keep_blocks()  # as `isotach train` does
     tokens = max(lengths)
     settings = {"presets": list(presets), "lengths": list(lengths), "tokens_per_update": tokens, "device": str(device)}
     result = Result(settings)

@@ -26,6 +26,7 @@ def train(
     import sys
 
     from isotach import config
+    from isotach.allocator import keep_blocks
     from isotach.train import loop
     from isotach.train.progress import Bar, describe
     from isotach.train.recipe import Recipe
@@ -34,6 +35,7 @@ def train(
     if print_config:
         print(config.dumps(resolved), end="")
         return 0
+    keep_blocks()
     folder = run or Path("runs") / recipe.stem
     summary = loop.train(resolved, folder, resume=resume, sinks=[Bar(resolved.train.steps)])
     say = f"step {summary.step}/{resolved.train.steps}, {summary.checkpoint}"

@@ -19,6 +19,7 @@ from isotach.models.convert import converted, kernel_errors, log_probability_dif
 from isotach.models.decoder import Decoder, ModelConfig
 from isotach.ops.engine import Span, run
 from isotach.ops.etsc import ETSC, weights
+from isotach.ops.torch import etsc as stretches
 from isotach.rng import generator
 from isotach.train.checkpoint import resolve, seal
 
@@ -50,6 +51,20 @@ def ring(v: Tensor, kernel: Tensor, gamma: float) -> Tensor:
             memory[j] = gamma * memory[j]
         outputs.append((torch.stack(list(memory)) * kernel).sum(0))
     return torch.stack(outputs)[None]
+
+
+@pytest.mark.parametrize("period", [5, 12])
+def test_a_long_row_is_read_stretch_by_stretch(period: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 tokens here, or of a period; as the definition says, and so are the gradients and the state."""
+    monkeypatch.setattr(stretches, "STRETCH", 8)
+    x, rec = inputs(normal(2, 29, 2, 3), normal(period, 2, 3), 0.9), ETSC(period)
+    found = {}
+    for backend in ("reference", "torch"):
+        own = ETSC.Inputs(*(leaf.clone().requires_grad_() for leaf in x))
+        output, state = run(rec, own, None, Span.of(2, 29), backend=backend)
+        loss = (output * normal(*output.shape)).sum() + sum((leaf * normal(*leaf.shape)).sum() for leaf in state)
+        found[backend] = [output, *state, *torch.autograd.grad(loss, own)]
+    torch.testing.assert_close(found["torch"], found["reference"], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 8, 17, 64])

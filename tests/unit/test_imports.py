@@ -19,8 +19,8 @@ REPOSITORY = PACKAGE.parent
 
 # Left to right; a room may import itself and what stands before it.
 ROOMS = (
-    "errors", "files", "shapes", "rng", "config", "ops", "nn", "mixers", "models", "data", "parallel", "infer", "train",
-    "eval", "testing", "linearize", "search", "serve", "bench", "cli",
+    "errors", "files", "allocator", "shapes", "rng", "config", "ops", "nn", "mixers", "models", "data", "parallel",
+    "infer", "train", "eval", "testing", "linearize", "search", "serve", "bench", "cli",
 )  # fmt: skip
 EXTRAS = ("datasets", "fastapi", "lm_eval", "matplotlib", "pandas", "pyarrow", "tensorboard", "transformers", "triton")
 
