@@ -65,8 +65,8 @@ class TextGrid(Config):
 
 class TableConfig(Config):
     """mixers: every row, a mixer's name and the options of its [model.NAME]; NAME+VARIANT is a second row of a mixer
-    with other options; full: the rows with all widths, texts and seeds, the others have the widest, the first text and
-    the first seed; data: texts by name, given on the command line.
+    with other options; full: the rows with all widths, texts and seeds, the others have the first of each; data: texts
+    by name, given on the command line.
     """
 
     mixers: dict[str, dict[str, Any]]
@@ -94,7 +94,7 @@ def cells(table: TableConfig) -> Iterator[Cell]:
     for name in sorted(table.mixers, key=lambda name: name not in table.full):
         whole = name in table.full
         seeds = table.seeds if whole else table.seeds[:1]
-        widths = table.recall.widths if whole else table.recall.widths[-1:]
+        widths = table.recall.widths if whole else table.recall.widths[:1]
         for width in widths:
             yield from (Cell("recall", name, f"{width}at{rate:g}", seeds[0]) for rate in table.recall.rates)
             yield from (Cell("recall", name, f"{width}", seed) for seed in seeds[1:])

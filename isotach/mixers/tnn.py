@@ -17,7 +17,6 @@ Toeplitz Neural Network (arXiv:2305.04749); defaults of its causal language mode
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -61,7 +60,7 @@ class TNN(Mixer):
         self.rpe = RPE(config.rpe_width or max(width // 8, 32), config.rpe_layers, mixed)
         self.gamma = config.gamma
         self.rate = nn.Parameter(torch.empty(mixed)) if config.decay == "learned" else None
-        self._known = _Known([])
+        self._known: _Known | None = None
 
     def initialize(self, stream: Stream, std: float) -> None:
         """As released: linear maps as PyTorch begins them, the rates of learned decays from N(0, 1)."""
@@ -101,8 +100,9 @@ class TNN(Mixer):
         would tell how many were computed with it.
         """
         weights = [*self.rpe.parameters(), *([] if self.rate is None else [self.rate])]
-        if not self._known.is_of(weights):
-            self._known = _Known(weights)
+        flat = torch.cat([weight.detach().flatten() for weight in weights])
+        if self._known is None or not self._known.is_of(flat):
+            self._known = _Known(flat)
         kernel = self._known.kernel
         done = 0 if kernel is None else len(kernel)
         if kernel is None or done < lags:
@@ -156,20 +156,15 @@ def _affine(layer: nn.Module, z: Tensor) -> Tensor:
 
 
 class _Known:
-    """A kernel, as far as it has been computed from some weights."""
+    """A kernel, as far as it has been computed from some weights.
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    Weights are told by their values: a fused optimizer writes to them without a trace.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
         self.kernel: Tensor | None = None
-        # Aliases: as long as they hold the memory, no other weights can come to lie there.
-        self.weights = [weight.detach() for weight in weights]
-        self.versions = [_version(weight) for weight in weights]
 
-    def is_of(self, weights: Sequence[Tensor]) -> bool:
-        """Whether these are the weights, unchanged."""
-        here, there = ([weight.data_ptr() for weight in group] for group in (self.weights, weights))
-        return here == there and self.versions == [_version(weight) for weight in weights]
-
-
-def _version(weight: Tensor) -> int:
-    """How often the weight was written to; what inference mode has made is not counted, and not trained either."""
-    return 0 if weight.is_inference() else weight._version
+    def is_of(self, weights: Tensor) -> bool:
+        there = (self.weights.dtype, self.weights.device) == (weights.dtype, weights.device)
+        return there and torch.equal(self.weights, weights)

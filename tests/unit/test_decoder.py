@@ -14,6 +14,7 @@ from isotach.errors import UserError
 from isotach.models.decoder import Decoder, ModelConfig
 from isotach.ops.engine import Span
 from isotach.rng import generator
+from isotach.train.optim import Optimizer
 
 SMALL = {"vocab": 31, "width": 16, "depth": 3, "heads": 2, "hidden": 24}
 CAUSAL = [name for name in mixers.names() if mixers.find(name).causal]
@@ -35,6 +36,21 @@ def test_options_left_out_leave_the_weights_as_they_were() -> None:
     for name, weight in model(norm="layer", embed_norm=True, ffn_bias=True).state_dict().items():
         if name in plain.state_dict():
             assert torch.equal(weight, plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_an_update_is_seen_by_what_comes_after_it(name: str) -> None:
+    """Also without gradients, and where what was computed without them before had been kept."""
+    decoder, given = model(pattern=[name], depth=2), tokens(1, 9)
+    with torch.no_grad():
+        decoder(given)
+    decoder(given)[0].square().sum().backward()
+    with torch.no_grad():
+        decoder(given)
+    Optimizer(decoder, lr=0.1).step(1.0)
+    with torch.no_grad():
+        after = decoder(given)[0]
+    torch.testing.assert_close(after, decoder(given)[0].detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("norm", "extra"), [("srms", 0), ("rms", 16), ("layer", 32)])
