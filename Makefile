@@ -11,7 +11,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RESULTS := $(or $(OUT),benchmarks/results)
-DEVICE ?= cpu
 
 .PHONY: demo test check gpu bench docs clean
 .DELETE_ON_ERROR:
@@ -30,14 +29,17 @@ check: $(VENV)/.ready-all
 
 gpu: $(VENV)/.ready-all
 	$(BIN)/python -m pytest -m gpu
-	$(MAKE) bench DEVICE=cuda
+	$(BIN)/isotach bench ops --device cuda --wait 0 --minutes 5 --out $(RESULTS)
+	$(BIN)/isotach bench decode --device cuda --wait 0 --out $(RESULTS)
+	$(BIN)/isotach bench sample --device cuda --wait 0 --out $(RESULTS)
 
 bench: $(VENV)/.ready-all
-	$(BIN)/isotach bench ops --device $(DEVICE) --out $(RESULTS)
-	$(BIN)/isotach bench families --device $(DEVICE) --out $(RESULTS)
-	$(BIN)/isotach bench mixers --device $(DEVICE) --out $(RESULTS)
-	$(BIN)/isotach bench decode --device $(DEVICE) --out $(RESULTS)
-	$(BIN)/isotach bench train --device $(DEVICE) --out $(RESULTS)
+	$(BIN)/isotach bench ops --out $(RESULTS)
+	$(BIN)/isotach bench mixers --out $(RESULTS)
+	$(BIN)/isotach bench decode --out $(RESULTS)
+	$(BIN)/isotach bench train --out $(RESULTS)
+	$(BIN)/isotach bench sample --out $(RESULTS)
+	$(BIN)/isotach bench serve --out $(RESULTS)
 
 docs: $(VENV)/.ready-all
 	$(BIN)/python -m tools.docs

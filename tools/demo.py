@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +142,7 @@ def measure(decoder: Decoder, positions: Sequence[int], path: Path) -> report.Re
     document = {
         "machine": report.machine(),
         "cores_busy_with_others": busy,
-        "settings": result.settings,
-        "figures": [{**asdict(figure), "met": figure.met} for figure in result.figures],
-        "rows": result.rows,
-        "refused": result.refused,
+        **result.document(),
     }
     write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
     return result

@@ -351,6 +351,7 @@ def files(*, measure: bool) -> Iterator[tuple[Path, str]]:
     yield DOCS / "concepts" / "scales.svg", scales_picture()
     yield DOCS / "concepts" / "lanes.svg", lanes_picture()
     yield DOCS / "results.md", results.page()
+    yield from results.speed()
     yield MIXERS / "README.md", index()
     for name in own_mixers():
         path = MIXERS / f"{name}.md"

@@ -3,20 +3,29 @@
 Every position is reached by reading that many tokens; then single tokens are timed, all models and positions taking
 turns. The twin's cache is filled the same way and is never charged for copying or for spare room: before it is timed
 it moves into a buffer that ends where the timed tokens do.
+
+With llama.cpp as the peer, a model in eight bits is timed as well, each in its own process, with as many threads, and
+token by token as chats go: the step, and the likeliest token. Its state at a position is one that has read READ tokens
+and is told that it read more, for what is in it costs nothing.
 """
 
 import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isotach.bench.report import Figure, Result, milliseconds, paired, relative_error, synchronize
+from isotach.bench import llama
+from isotach.bench.report import Figure, K, Result, milliseconds, paired, relative_error, synchronize
 from isotach.config import parse
 from isotach.models.decoder import Decoder, ModelConfig
+from isotach.models.quantize import int8
 from isotach.models.state import DecoderState
 from isotach.nn.mixer import MixerState
 from isotach.ops.history import History
@@ -26,6 +35,11 @@ from isotach.rng import generator
 CORRECT = 1e-3  # relative error of logits and gradients above which a model is refused
 POSITIONS = (1024, 4096, 16384, 65536)
 PRESETS = ("tnl-1m",)
+AGAINST = ("llama.cpp",)
+EIGHT_BITS = "tnl-135m"  # the model that is timed beside llama.cpp's
+TIMES_FASTER = {1024: 0.8, 8192: 3.0, 32768: 8.0}  # at least, at these positions
+ROUNDED = 0.1  # distance over length of logits in eight bits from those without rounded activations: untrained layers
+# amplify a difference, in float32 by 100 and more, and a wrong product is off by its length
 READ = 2048  # tokens read at once on the way to a position
 STEPS = 4  # single tokens timed in a turn, after an untimed one that brings the weights back into the cache
 
@@ -35,17 +49,84 @@ def measure(
     device: torch.device,
     presets: Sequence[str] = PRESETS,
     positions: Sequence[int] = POSITIONS,
+    against: Sequence[str] = AGAINST,
     rounds: int = 32,
 ) -> Result:
-    """Untrained presets, each beside its twin; speed does not depend on what the weights are."""
-    result = Result({"presets": list(presets), "positions": list(positions), "steps": STEPS, "device": str(device)})
+    """Untrained presets, each beside its twin, and one in eight bits; speed does not depend on what the weights are."""
+    result = Result(
+        {
+            "presets": list(presets),
+            "positions": list(positions),
+            "against": list(against),
+            "steps": STEPS,
+            "device": str(device),
+        }
+    )
+    parts = []
     for name in presets:
         decoder = Decoder(parse(ModelConfig, {"preset": name}, who="bench")).to(device)
-        found = compare(decoder, name=name, positions=positions, rounds=rounds)
+        parts.append(compare(decoder, name=name, positions=positions, rounds=rounds))
+    if "llama.cpp" in against:
+        if device.type == "cpu":
+            parts.append(in_eight_bits(parse(ModelConfig, {"preset": EIGHT_BITS}, who="bench"), rounds=rounds))
+        else:
+            result.absent.append("llama.cpp: compared on the CPU alone")
+    for found in parts:
         result.rows += found.rows
         result.figures += found.figures
         result.refused += found.refused
+        result.absent += found.absent
     return result
+
+
+def in_eight_bits(config: ModelConfig, *, name: str = EIGHT_BITS, rounds: int = 32) -> Result:
+    """A model in float32 and in eight bits beside llama.cpp, where that is installed, at the positions that bounds are
+    about. A byte of weights is counted as read once per token, the embedding as the head that it is.
+    """
+    result = Result({})
+    eight, whole, model = f"{name} int8", f"{name} float32", Decoder(config)
+    decoders = {whole: model, eight: int8(model)}
+    if (wrong := rounding_error(decoders[eight])) > ROUNDED:
+        result.refused.append(f"{eight}: distance {wrong:.1e} from float64, over {ROUNDED:.0e}")
+        del decoders[eight]
+
+    short = {each: read(decoder, (READ,))[READ] for each, decoder in decoders.items()}
+    calls: dict[tuple[str, int], Callable[[], float]] = {}
+    for position in TIMES_FASTER:
+        for each, decoder in decoders.items():
+            state = replace(short[each], positions=torch.full_like(short[each].positions, position))
+            calls[each, position] = partial(_turn, decoder, state)
+    with ExitStack() as ends:
+        if absence := llama.missing():
+            result.absent.append(absence)
+        else:
+            peer = ends.enter_context(llama.Llama(tuple(TIMES_FASTER), steps=STEPS, threads=torch.get_num_threads()))
+            if peer.answer != llama.ANSWER:
+                result.refused.append(f"llama.cpp: {llama.PROMPT!r} goes on with {peer.answer!r}, not {llama.ANSWER!r}")
+            else:
+                calls |= {("llama.cpp", position): partial(peer.seconds, position) for position in TIMES_FASTER}
+        seconds = _in_turns(calls, rounds)
+
+    for (each, position), times in seconds.items():
+        row = {"model": each, "position": position, **milliseconds(times)}
+        if each in decoders:
+            read_bytes = sum(value.nbytes for value in decoders[each].state_dict().values())
+            row |= {"state_bytes": short[each].nbytes(), "weight_bytes": read_bytes}
+            row["bytes_per_second"] = read_bytes / row["ms"] * 1e3
+        result.rows.append(row)
+    for position, bound in TIMES_FASTER.items():
+        theirs, ours = seconds.get(("llama.cpp", position)), seconds.get((eight, position))
+        value = paired(theirs, ours) if theirs and ours else None
+        result.figures.append(Figure(f"{eight}: times faster than llama.cpp at {position:,}", value, at_least=bound))
+    return result
+
+
+@torch.inference_mode()
+def rounding_error(decoder: Decoder, *, tokens: int = 24) -> float:
+    """Distance of logits, token by token, from those of the same weights in float64, over the length of the latter."""
+    text = _tokens(decoder, tokens)
+    expected = copy.deepcopy(decoder).double()(text)[0]
+    return float((_stepwise(decoder, text) - expected).norm() / expected.norm())
 
 
 def compare(decoder: Decoder, *, name: str = "model", positions: Sequence[int] = POSITIONS, rounds: int = 32) -> Result:
@@ -131,16 +212,26 @@ def _step_seconds(
 
     Each turn starts where reading stopped, so a position stays what it is called however many rounds there are.
     """
+
+    def turn(name: str, position: int) -> float:
+        return _turn(decoders[name], rewound(states[name][position]))
+
     keys = [(name, position) for name in states for position in states[name]]
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+    return _in_turns({key: partial(turn, *key) for key in keys}, rounds)
+
+
+def _in_turns(calls: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
+    """What every call says it took, in every round."""
+    keys = list(calls)
+    seconds: dict[K, list[float]] = {key: [] for key in keys}
     for turn in range(rounds):
         # In another order every time, so that none always follows one that has swept the processor's cache.
         for place in torch.randperm(len(keys), generator=generator(turn, "order")).tolist():
-            name, position = keys[place]
-            seconds[name, position].append(_turn(decoders[name], rewound(states[name][position])))
+            seconds[keys[place]].append(calls[keys[place]]())
     return seconds
 
 
+@torch.inference_mode()
 def _turn(decoder: Decoder, state: DecoderState) -> float:
     """Median seconds of STEPS single tokens, each drawn from the logits before it."""
     following = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)

@@ -1,293 +1,256 @@
-"""Every family's operator beside the best that runs on a CPU today, forward and forward + backward.
+"""The operations that are measured: inputs of any size, the family that computes them, and what they cost.
 
-Rivals get the layout they ask for and contiguous inputs. They are called where they are installed: the fallbacks of
-transformers, unwrapped from what would replace them by GPU kernels; a token loop and a grouped convolution need
-nothing. Two rows are held against our own decay family, of which they are special or nested forms.
+Costs are those of the problem, whatever an implementation does. Bytes: every input is read and every output written
+once; a backward reads the inputs and the output's gradient and writes a gradient of each input that learns. FLOPs are
+those of the closed forms in isotach/ops with chunks of C = 64 tokens and whole C × C scores, a multiply-add counting
+twice; per token and head, with K = V = D:
+
+    decay           scores 2CD, times values 2CD, reading the state 2D², writing it 2D²
+    delta           two scores 4CD, the triangular system as a product with its inverse 2CD, times values 2CD, reading
+                    the state for keys and for queries 4D², writing it 2D²
+    second order    decay twice, over (q, k, k) and over (q, y, v)
+    Mamba-2         decay, whose scores are one for all heads
+    scan            2 per channel
+    short filter    2 per tap and channel
+
+The backward of a product is two, and half of the forward's are done once more, as neither scores nor states are kept:
+2.5 times the forward, as is usual for softmax. That of the scan is 3 times (states again, and two more), that of the
+filter 2 times. Toeplitz products have no such count: theirs depends on how they are computed.
 """
 
-import inspect
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
-from importlib import import_module
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isotach.bench.ops import CORRECT, Contender, Shape, error, slopes
-from isotach.bench.report import Figure, Result, interleave, milliseconds, paired, synchronize
 from isotach.ops.decay import Decay
 from isotach.ops.delta import Delta
 from isotach.ops.elementwise import Elementwise
-from isotach.ops.engine import Span, run
+from isotach.ops.engine import Span
 from isotach.ops.higher_order import SecondOrder, Tokens
-from isotach.ops.recurrence import Recurrence
+from isotach.ops.recurrence import Recurrence, Tensors
 from isotach.ops.toeplitz import Toeplitz
+from isotach.ops.window import Window
 from isotach.rng import generator
 
-WIDTHS = (64, 128)
-PASSES = ("forward", "forward + backward")
-SMALL = Shape(heads=2, tokens=147, width=32)  # crosses chunk boundaries and ends inside a chunk
-PATIENCE = 10.0  # seconds
-CHANNELS = 1536  # of the Toeplitz rows: three times 512, as published
+FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward + backward")
+CHUNK = 64
+TAPS = 4  # of short filters
+Leaves = tuple[Tensor, ...]
 
 
-class Duel(NamedTuple):
-    """Ours and a rival, the rival's name, and the bound per pass on how much faster ours is, or how much slower."""
+class Shape(NamedTuple):
+    """B, H, T, D, and how many documents the row holds: more than one are packed, and then B is 1."""
 
-    ours: Callable[[Shape, torch.device], Contender]
-    rival: Callable[[Shape, torch.device], Contender | None]
-    against: str
-    faster: tuple[float | None, float | None] = (None, None)
-    slower: tuple[float | None, float | None] = (None, None)
+    batch: int = 1
+    heads: int = 8
+    tokens: int = 4096
+    width: int = 128
+    documents: int = 1
 
+    @property
+    def rows(self) -> int:
+        """B · T · H: heads of all tokens."""
+        return self.batch * self.tokens * self.heads
 
-def measure(*, device: torch.device, widths: tuple[int, ...] = WIDTHS, tokens: int = 4096, rounds: int = 7) -> Result:
-    """B1 H8, float32. A rival that is not installed is named in the settings; a wrong result is refused."""
-    result = Result({"batch": 1, "heads": 8, "tokens": tokens, "widths": list(widths), "device": str(device)})
-    absent = []
-    for name, duel in DUELS.items():
-        rival = duel.rival(SMALL, device)
-        if rival is None:
-            absent.append(duel.against)
-        built = {name: duel.ours(SMALL, device)} | ({duel.against: rival} if rival is not None else {})
-        wrong = {each: value for each, contender in built.items() if (value := error(contender)) > CORRECT}
-        result.refused += [f"{each}: relative error {value:.1e}, over {CORRECT:.0e}" for each, value in wrong.items()]
-        if wrong or rival is None:
-            continue
-        for width in widths:
-            shape = Shape(tokens=tokens, width=width)
-            _fight(result, name, duel, shape, rounds, device)
-    result.settings["absent"] = absent
-    return result
+    def __str__(self) -> str:
+        packed = f", {self.documents} documents" if self.documents > 1 else ""
+        return f"B{self.batch} H{self.heads} T{self.tokens} D{self.width}{packed}"
+
+    def span(self, device: torch.device) -> Span:
+        if self.documents == 1:
+            return Span.of(self.batch, self.tokens, device=device)
+        return Span.packed(document_bounds(self.tokens, self.documents).to(device))
 
 
-def _fight(result: Result, name: str, duel: Duel, shape: Shape, rounds: int, device: torch.device) -> None:
-    rival = duel.rival(shape, device)
-    assert rival is not None
-    built = {name: duel.ours(shape, device), duel.against: rival}
-    with torch.no_grad():
-        weights = {each: torch.randn_like(c.forward(*c.inputs)) for each, c in built.items()}
-        seconds = {"forward": _timed(_calls(built), rounds, device)}
-    both: dict[str, Callable[[], object]] = {each: partial(c.backward, weights[each]) for each, c in built.items()}
-    seconds["forward + backward"] = _timed(both, rounds, device)
-    for at, which in enumerate(PASSES):
-        for each, times in seconds[which].items():
-            result.rows.append({"contender": each, "width": shape.width, "pass": which, **milliseconds(times)})
-        ours, theirs = seconds[which][name], seconds[which][duel.against]
-        where = f"{name}, D {shape.width}, {which}"
-        if duel.slower[at] is not None:
-            result.figures.append(
-                Figure(f"{where}, over {duel.against}", paired(ours, theirs), at_most=duel.slower[at])
-            )
-        else:
-            ratio = paired(theirs, ours)
-            result.figures.append(Figure(f"{where}, times faster than {duel.against}", ratio, at_least=duel.faster[at]))
+def _last_head(leaves: Leaves) -> Leaves:
+    """Of (B, T, H, ·)."""
+    return tuple(leaf[-1:, :, -1:] for leaf in leaves)
 
 
-def _timed(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """As interleave; where one turn takes longer than PATIENCE, that turn is all there is."""
-    once: dict[str, list[float]] = {}
-    for name, call in calls.items():
-        synchronize(device)
-        begin = time.perf_counter()
-        kept = call()
-        synchronize(device)
-        once[name] = [time.perf_counter() - begin]
-        del kept
-    if sum(seconds for (seconds,) in once.values()) > PATIENCE:
-        return once
-    return interleave(calls, rounds=rounds, device=device)
+class Operation(NamedTuple):
+    """rec: the family; draw: tensors in the given dtype, gates in float32, those that learn requiring a gradient.
+
+    inputs     the family's inputs, of what was drawn
+    flops      of the forward; None where they depend on the implementation
+    backward   FLOPs of the backward over those of the forward
+    alone      what was drawn, for the last row and head only
+    shared     which of what was drawn more than one row or head reads
+    """
+
+    rec: Recurrence
+    draw: Callable[[Shape, torch.device, torch.dtype], Leaves]
+    inputs: Callable[..., Tensors]
+    flops: Callable[[Shape], float] | None
+    backward: float = 2.5
+    alone: Callable[[Leaves], Leaves] = _last_head
+    shared: tuple[int, ...] = ()
 
 
-def _calls(built: Mapping[str, Contender]) -> dict[str, Callable[[], object]]:
-    return {name: partial(contender.forward, *contender.inputs) for name, contender in built.items()}
+def flops(operation: Operation, which: str, shape: Shape) -> float | None:
+    """FLOPs of a pass; None where they depend on the implementation."""
+    if operation.flops is None:
+        return None
+    return operation.flops(shape) * {FORWARD: 1.0, BACKWARD: operation.backward, BOTH: 1.0 + operation.backward}[which]
 
 
-def _ours(rec: Recurrence, inputs: Any, span: Span) -> Contender:
-    """An operator with its own definition as the exact result."""
-
-    def attend(*leaves: Tensor, backend: str) -> Tensor:
-        return run(rec, type(inputs)(*leaves), None, span, backend=backend)[0]  # type: ignore[arg-type]
-
-    return Contender(partial(attend, backend="torch"), partial(attend, backend="reference"), tuple(inputs))
+def moved(which: str, leaves: Leaves, output: Tensor) -> int:
+    """Bytes that a pass reads and writes at least."""
+    forward = sum(leaf.nbytes for leaf in leaves) + output.nbytes
+    backward = forward + _learned(leaves)
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[which]
 
 
-def _drawn(name: str, *shape: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=generator(0, name)).to(device).requires_grad_()
+def least(which: str, leaves: Leaves, output: Tensor) -> int:
+    """Bytes that a pass cannot do without: inputs and output, and in a backward the gradients of both."""
+    forward = sum(leaf.nbytes for leaf in leaves) + output.nbytes
+    return forward if which == FORWARD else forward + output.nbytes + _learned(leaves)
 
 
-def _qkv(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _learned(leaves: Leaves) -> int:
+    return sum(leaf.nbytes for leaf in leaves if leaf.requires_grad)
+
+
+def document_bounds(tokens: int, documents: int) -> Tensor:
+    """cu_seqlens (documents + 1,) of documents of random length, at least one token each."""
+    cuts = torch.randperm(tokens - 1, generator=generator(0, "cuts"))[: documents - 1].sort().values + 1
+    return torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])])
+
+
+def slopes(heads: int, device: torch.device) -> Tensor:
+    """ALiBi's geometric slopes 2^{-8h/H}, h = 1..H, as MiniMax and the first layer of TransNormerLLM use them."""
+    return 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1, device=device, dtype=torch.float32))
+
+
+def _drawn(name: str, *size: int, device: torch.device) -> Tensor:
+    return torch.randn(size, generator=generator(0, name, device=device), device=device)
+
+
+def _qkv(shape: Shape, device: torch.device, dtype: torch.dtype, *, unit: str = "") -> Leaves:
+    """Queries, keys and values (B, T, H, D) that learn, those named in `unit` of length 1."""
     size = (shape.batch, shape.tokens, shape.heads, shape.width)
-    q, k, v = (_drawn(name, *size, device=device) for name in ("q", "k", "v"))
-    return q, F.normalize(k.detach(), dim=-1).requires_grad_(), v
+    leaves = (_drawn(name, *size, device=device) for name in "qkv")
+    scaled = (F.normalize(x, dim=-1) if name in unit else x for name, x in zip("qkv", leaves, strict=True))
+    return tuple(x.to(dtype).requires_grad_() for x in scaled)
+
+
+def _fixed(shape: Shape, device: torch.device) -> Tensor:
+    return -slopes(shape.heads, device).view(1, 1, -1, 1).repeat(shape.batch, 1, 1, 1)
 
 
 def _gate(shape: Shape, width: int, device: torch.device, *, over: float = 16.0) -> Tensor:
+    """log_decay (B, T, H, width) as in Gated Linear Attention; a smaller `over` forgets faster."""
     gate = _drawn("gate", shape.batch, shape.tokens, shape.heads, width, device=device)
-    return (F.logsigmoid(gate.detach()) / over).requires_grad_()
+    return (F.logsigmoid(gate) / over).requires_grad_()
 
 
-def _beta(shape: Shape, device: torch.device) -> Tensor:
-    return _drawn("beta", shape.batch, shape.tokens, shape.heads, 1, device=device).detach().sigmoid().requires_grad_()
+def _decay_of(kind: str) -> Callable[[Shape, torch.device, torch.dtype], Leaves]:
+    """One decay per head, fixed or learned; per token; per channel; or so strong that 16 tokens lose e^60."""
 
-
-def _span(shape: Shape, device: torch.device) -> Span:
-    return Span.of(shape.batch, shape.tokens, device=device)
-
-
-def _delta(kind: str) -> Callable[[Shape, torch.device], Contender]:
-    def build(shape: Shape, device: torch.device) -> Contender:
-        gate = _gate(shape, 1 if kind == "head" else shape.width, device)
-        inputs = Delta.Inputs(*_qkv(shape, device), _beta(shape, device), gate)
-        return _ours(Delta(), inputs, _span(shape, device))
-
-    return build
-
-
-def _delta_of_transformers(model: str, function: str) -> Callable[[Shape, torch.device], Contender | None]:
-    def build(shape: Shape, device: torch.device) -> Contender | None:
-        fallback = _from_transformers(model, function)
-        if fallback is None:
-            return None
-        per_head = model == "qwen3_next"
-        gate = _gate(shape, 1 if per_head else shape.width, device)
-
-        def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
-            gates = log_decay[..., 0] if per_head else log_decay
-            output: Tensor = fallback(
-                q, k, v, g=gates, beta=beta[..., 0], initial_state=None, output_final_state=False
-            )[0]
-            return output
-
-        def exact(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
-            scaled = Delta.Inputs(q * shape.width**-0.5, k, v, beta, log_decay)
-            return run(Delta(), scaled, None, _span(shape, device), backend="reference")[0]
-
-        return Contender(forward, exact, (*_qkv(shape, device), _beta(shape, device), gate))
-
-    return build
-
-
-def _ssd(shape: Shape, device: torch.device) -> Contender:
-    """Mamba-2's scan: k = B and q = C shared by all heads, v = dt x, log_decay = A dt."""
-    b, c, x, dt, a = _ssd_inputs(shape, device)
-
-    def attend(b: Tensor, c: Tensor, x: Tensor, dt: Tensor, *, backend: str) -> Tensor:
-        heads = (-1, -1, shape.heads, -1)
-        inputs = Decay.Inputs(c.expand(heads), b.expand(heads), x * dt, a.to(dt.dtype)[:, None] * dt)
-        return run(Decay(), inputs, None, _span(shape, device), backend=backend)[0]  # type: ignore[arg-type]
-
-    return Contender(partial(attend, backend="torch"), partial(attend, backend="reference"), (b, c, x, dt))
-
-
-def _ssd_of_transformers(shape: Shape, device: torch.device) -> Contender | None:
-    fallback = _from_transformers("mamba2", "mamba2_chunk_scan")
-    if fallback is None:
-        return None
-    b, c, x, dt, a = _ssd_inputs(shape, device)
-
-    def forward(b: Tensor, c: Tensor, x: Tensor, dt: Tensor) -> Tensor:
-        output: Tensor = fallback(x, dt[..., 0], a, b, c, chunk_size=256)
-        return output[:, : shape.tokens]
-
-    return Contender(forward, _ssd(shape, device).exact, (b, c, x, dt))
-
-
-def _ssd_inputs(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, tokens, width, _ = shape
-    b, c = (_drawn(name, batch, tokens, 1, width, device=device) for name in ("B", "C"))
-    x = _drawn("x", batch, tokens, heads, width, device=device)
-    dt = F.softplus(_drawn("dt", batch, tokens, heads, 1, device=device).detach() - 4).requires_grad_()
-    return b, c, x, dt, -torch.arange(1, heads + 1, device=device, dtype=torch.float32)
-
-
-def _decay(kind: str) -> Callable[[Shape, torch.device], Contender]:
-    """Fixed per head; per token and channel, mild as in GLA, or so strong that 16 tokens lose more than e^60."""
-
-    def build(shape: Shape, device: torch.device) -> Contender:
-        if kind == "head":
-            gate = -slopes(shape.heads, device).view(1, 1, shape.heads, 1)
+    def draw(shape: Shape, device: torch.device, dtype: torch.dtype) -> Leaves:
+        if kind in ("fixed", "learned"):
+            log_decay = _fixed(shape, device).requires_grad_(kind == "learned")
         else:
-            gate = _gate(shape, shape.width, device, over=16.0 if kind == "mild" else 0.1)
-        return _ours(Decay(), Decay.Inputs(*_qkv(shape, device), gate), _span(shape, device))
+            wide = 1 if kind == "token" else shape.width
+            log_decay = _gate(shape, wide, device, over=0.1 if kind == "strong" else 16.0)
+        return (*_qkv(shape, device, dtype, unit="k"), log_decay)
 
-    return build
-
-
-def _elementwise(shape: Shape, device: torch.device) -> Contender:
-    return _ours(Elementwise(), _elementwise_inputs(shape, device), _span(shape, device))
+    return draw
 
 
-def _token_loop(shape: Shape, device: torch.device) -> Contender:
-    def forward(v: Tensor, log_decay: Tensor) -> Tensor:
-        fade, inputs = log_decay.exp().unbind(1), v.unbind(1)
-        state, states = torch.zeros_like(inputs[0]), []
-        for f, x in zip(fade, inputs, strict=True):
-            state = torch.addcmul(x, f, state)
-            states.append(state)
-        return torch.stack(states, 1)
+def _delta_of(kind: str) -> Callable[[Shape, torch.device, torch.dtype], Leaves]:
+    """The delta rule without decay, with one per head and token (gated), or with one per channel (KDA)."""
 
-    return Contender(forward, _elementwise(shape, device).exact, tuple(_elementwise_inputs(shape, device)))
+    def draw(shape: Shape, device: torch.device, dtype: torch.dtype) -> Leaves:
+        beta = _drawn("beta", shape.batch, shape.tokens, shape.heads, 1, device=device).sigmoid().requires_grad_()
+        if kind == "plain":
+            log_decay = torch.zeros(shape.batch, 1, shape.heads, 1, device=device)
+        else:
+            log_decay = _gate(shape, 1 if kind == "gated" else shape.width, device)
+        return (*_qkv(shape, device, dtype, unit="k"), beta, log_decay)
+
+    return draw
 
 
-def _elementwise_inputs(shape: Shape, device: torch.device) -> Elementwise.Inputs:
+def _mamba2(shape: Shape, device: torch.device, dtype: torch.dtype) -> Leaves:
+    """B and C (B, T, 1, D), x (B, T, H, D), dt (B, T, H, 1), and A (1, 1, H, 1), which does not learn."""
+    batch, heads, tokens, width, _ = shape
+    b, c = (_drawn(name, batch, tokens, 1, width, device=device).to(dtype).requires_grad_() for name in "BC")
+    x = _drawn("x", batch, tokens, heads, width, device=device).to(dtype).requires_grad_()
+    dt = F.softplus(_drawn("dt", batch, tokens, heads, 1, device=device) - 4).requires_grad_()
+    a = -torch.arange(1, heads + 1, device=device, dtype=torch.float32)
+    return b, c, x, dt, a.view(1, 1, heads, 1).repeat(batch, 1, 1, 1)
+
+
+def _mamba2_inputs(b: Tensor, c: Tensor, x: Tensor, dt: Tensor, a: Tensor) -> Decay.Inputs:
+    """k = B and q = C for all heads, v = dt x, log_decay = A dt."""
+    heads = (-1, -1, x.shape[2], -1)
+    return Decay.Inputs(c.expand(heads), b.expand(heads), (x * dt).to(x.dtype), a * dt)
+
+
+def _second_order(shape: Shape, device: torch.device, dtype: torch.dtype) -> Leaves:
+    return (*_qkv(shape, device, dtype, unit="qk"), _fixed(shape, device))
+
+
+def _scan(shape: Shape, device: torch.device, dtype: torch.dtype) -> Leaves:
     v = _drawn("v", shape.batch, shape.tokens, shape.heads, shape.width, device=device)
-    return Elementwise.Inputs(v, _gate(shape, shape.width, device, over=1.0))
+    return v.to(dtype).requires_grad_(), _gate(shape, shape.width, device, over=1.0)
 
 
-def _second_order(shape: Shape, device: torch.device) -> Contender:
-    q, k, v = _qkv(shape, device)
-    decay = -slopes(shape.heads, device).view(1, 1, shape.heads, 1)
-    return _ours(
-        SecondOrder(), Tokens(F.normalize(q.detach(), dim=-1).requires_grad_(), k, v, decay), _span(shape, device)
-    )
+def _filter(shape: Shape, device: torch.device, dtype: torch.dtype) -> Leaves:
+    """x (B, T, H·D) and taps (W, H·D)."""
+    channels = shape.heads * shape.width
+    x = _drawn("x", shape.batch, shape.tokens, channels, device=device)
+    return tuple(leaf.to(dtype).requires_grad_() for leaf in (x, _drawn("taps", TAPS, channels, device=device)))
 
 
-def _toeplitz(shape: Shape, device: torch.device) -> Contender:
-    return _ours(Toeplitz(), _toeplitz_inputs(shape, device), _span(shape, device))
-
-
-def _convolution(shape: Shape, device: torch.device) -> Contender:
-    """The same causal filter as a grouped convolution."""
-
-    def forward(v: Tensor, kernel: Tensor) -> Tensor:
-        taps = kernel.flatten(1).t().unsqueeze(1)
-        padded = F.pad(v.flatten(2).transpose(1, 2), (len(kernel) - 1, 0))
-        return F.conv1d(padded, taps, groups=len(taps)).transpose(1, 2).view(v.shape)
-
-    return Contender(forward, _toeplitz(shape, device).exact, tuple(_toeplitz_inputs(shape, device)))
-
-
-def _toeplitz_inputs(shape: Shape, device: torch.device) -> Toeplitz.Inputs:
-    channels = CHANNELS if shape.tokens > SMALL.tokens else 2 * shape.width
+def _toeplitz(shape: Shape, device: torch.device, dtype: torch.dtype) -> Leaves:
+    """v (B, T, 1, H·D) and a kernel (T, 1, H·D) that fades."""
+    channels = shape.heads * shape.width
     v = _drawn("v", shape.batch, shape.tokens, 1, channels, device=device)
     lags = torch.arange(shape.tokens, device=device).flip(0)[:, None, None]
-    kernel = _drawn("kernel", shape.tokens, 1, channels, device=device).detach() * 0.99**lags
-    return Toeplitz.Inputs(v, kernel.requires_grad_())
+    kernel = _drawn("kernel", shape.tokens, 1, channels, device=device) * 0.99**lags
+    return v.to(dtype).requires_grad_(), kernel.to(dtype).requires_grad_()
 
 
-def _from_transformers(model: str, function: str) -> Callable[..., Any] | None:
-    """The pure PyTorch fallback, or None where transformers is not installed."""
-    try:
-        module = import_module(f"transformers.models.{model}.modeling_{model}")
-    except ImportError:
-        return None
-    fallback: Callable[..., Any] = inspect.unwrap(getattr(module, function))
-    return fallback
+def _last_channel(leaves: Leaves) -> Leaves:
+    """Of a signal (B, T, ..., D) and its filter (·, ..., D)."""
+    signal, taps = leaves
+    return signal[-1:, ..., -1:], taps[..., -1:]
 
 
-_GDN = _delta_of_transformers("qwen3_next", "torch_chunk_gated_delta_rule")
-_KDA = _delta_of_transformers("kimi_linear", "chunk_kimi_delta_attention")
-DUELS = {
-    "gated delta": Duel(_delta("head"), _GDN, "transformers' Qwen3-Next", faster=(2.0, 3.0)),
-    "KDA": Duel(_delta("channel"), _KDA, "transformers' Kimi Linear", faster=(2.0, 3.0)),
-    "mamba2": Duel(_ssd, _ssd_of_transformers, "transformers' Mamba-2", faster=(2.0, None)),
-    "GLA, mild": Duel(_decay("mild"), _decay("head"), "fixed decay", slower=(3.0, 3.0)),
-    "GLA, strong": Duel(_decay("strong"), _decay("head"), "fixed decay", slower=(8.0, 8.0)),
-    "HGRN": Duel(_elementwise, _token_loop, "a token loop", faster=(3.0, 3.0)),
-    "HLA, second order": Duel(_second_order, _decay("head"), "fixed decay", slower=(4.0, 4.0)),
-    "TNN": Duel(_toeplitz, _convolution, "a grouped convolution", faster=(15.0, None)),
-}
+def _fading(shape: Shape) -> float:
+    return shape.rows * (4.0 * CHUNK * shape.width + 4.0 * shape.width**2)
+
+
+def _erasing(shape: Shape) -> float:
+    return shape.rows * (8.0 * CHUNK * shape.width + 6.0 * shape.width**2)
+
+
+def _shared_scores(shape: Shape) -> float:
+    scores = shape.rows * 2.0 * CHUNK * shape.width
+    return _fading(shape) - scores + scores / shape.heads
+
+
+OPERATIONS = {
+    "decay": Operation(Decay(), _decay_of("fixed"), Decay.Inputs, _fading),
+    "decay, learned": Operation(Decay(), _decay_of("learned"), Decay.Inputs, _fading),
+    "decay per token": Operation(Decay(), _decay_of("token"), Decay.Inputs, _fading),
+    "GLA": Operation(Decay(), _decay_of("channel"), Decay.Inputs, _fading),
+    "GLA, strong": Operation(Decay(), _decay_of("strong"), Decay.Inputs, _fading),
+    "Mamba-2": Operation(Decay(), _mamba2, _mamba2_inputs, _shared_scores, shared=(0, 1)),
+    "delta": Operation(Delta(), _delta_of("plain"), Delta.Inputs, _erasing),
+    "gated delta": Operation(Delta(), _delta_of("gated"), Delta.Inputs, _erasing),
+    "KDA": Operation(Delta(), _delta_of("channel"), Delta.Inputs, _erasing),
+    "HLA": Operation(SecondOrder(), _second_order, Tokens, lambda shape: 2 * _fading(shape)),
+    "HGRN": Operation(
+        Elementwise(), _scan, Elementwise.Inputs, lambda shape: 2.0 * shape.rows * shape.width, backward=3.0
+    ),
+    "short filter": Operation(
+        Window(TAPS), _filter, Window.Inputs, lambda shape: 2.0 * TAPS * shape.rows * shape.width, backward=2.0,
+        alone=_last_channel, shared=(1,),
+    ),
+    "TNN": Operation(Toeplitz(), _toeplitz, Toeplitz.Inputs, None, alone=_last_channel, shared=(1,)),
+}  # fmt: skip

@@ -8,7 +8,7 @@ special (TransNormer's is no linear attention). One mixer is measured once more 
 layer is timed only after its output, at once and in pieces, was compared with float64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from isotach import mixers
 from isotach.allocator import keep_blocks
-from isotach.bench.ops import CORRECT
-from isotach.bench.report import Figure, Result, interleave, milliseconds, paired, relative_error
+from isotach.bench.picture import Panel, Series
+from isotach.bench.report import Figure, Result, Row, interleave, milliseconds, paired, relative_error
 from isotach.nn.mixer import Mixer, MixerState, Place, initialize
 from isotach.ops.engine import Span
 from isotach.ops.recurrence import family
 from isotach.rng import generator
 
+CORRECT = 1e-4  # relative error above which a layer is refused
 BOUND = 1.15  # cost per token at the last length over the first, of every mixer whose state stays as it is
 CACHED = "lightning"  # the mixer that is also measured with memory caching
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -132,3 +133,19 @@ def _tokens(count: int, device: torch.device) -> Tensor:
 
 def _span(count: int, device: torch.device, *, start: int = 0) -> Span:
     return Span.of(1, count, start=start, device=device)
+
+
+def panels(document: Row) -> Sequence[Panel]:
+    """What a token costs as the text grows: every mixer a line, those whose state grows in a colour of their own."""
+    lines: dict[str, list[Row]] = {}
+    for row in document["rows"]:
+        lines.setdefault(row["mixer"], []).append(row)
+    series = tuple(
+        Series(
+            name,
+            tuple((row["tokens"], 1e3 * row["ms_per_token"]) for row in rows),
+            group="grows" if rows[-1]["state_bytes"] > rows[0]["state_bytes"] else "keeps its size",
+        )
+        for name, rows in lines.items()
+    )
+    return [Panel("One layer reads a text", "tokens of text", "microseconds per token", series)] if series else []

@@ -1,390 +1,388 @@
-"""Operators beside their rivals: linear attention with decay, a published block algorithm, softmax attention.
+"""Every operation beside every peer that computes it: time, share of what the machine can do, and memory.
 
-Contenders get contiguous inputs in the layout they prefer, in float32, and the default allocator. FLOPs are counted as
-B·H·T·(4·64·D + 4·D²) whatever chunk an implementation chooses: two products with 64 keys per token, two with the state.
+A cell is an operation at a size. All who compute it take turns, with a copy and a matrix product among them, so that
+every ratio is of the same minutes. Nobody is timed before two comparisons with float64: values and gradients at a size
+that ends inside a chunk, and one head at the size that is timed: its outputs, and for Isotach its gradients.
 
-On a GPU the kernels are contenders too, and are measured once more in bfloat16 at a size that fills the device, against
-what a copy moves in the same run: each of q, k, v, o and of the gradients read or written once.
+    of_copy     the bytes that the problem takes (families.py) over those that a copy moves in the same time
+    of_product  its FLOPs over those of a matrix product in the same time
+    MiB         inputs, the output's gradient where there is one, and all that is held at once besides
+    times       how many times as long as Isotach takes
+
+On a GPU, times are those of its own clock, behind the clearing of its caches.
 """
 
-import json
+import math
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from isotach.bench.report import Figure, Result, Row, interleave, milliseconds, paired, relative_error
+from isotach.bench import families, peers
+from isotach.bench.bars import OURS, figures
+from isotach.bench.families import BACKWARD, BOTH, FORWARD, OPERATIONS, PASSES, Leaves, Operation, Shape
+from isotach.bench.limits import COPY, PRODUCT, Limits, clock, peak
+from isotach.bench.peers import PEERS, Call
+from isotach.bench.picture import Panel, Series
+from isotach.bench.report import Result, Row, interleave, milliseconds, paired, relative_error
+from isotach.ops import backends
 from isotach.ops.backends import Backend
-from isotach.ops.decay import Decay
-from isotach.ops.engine import Span, run
-from isotach.rng import generator
+from isotach.ops.engine import run
 
-BOUNDS = {("forward", "minimax"): 1.8, ("forward", "softmax"): 6.0, ("forward + backward", "minimax"): 1.9}
-KERNEL_BOUNDS = {"forward": 0.40, "forward + backward": 1.5}  # milliseconds, on an H200
-CORRECT = 1e-4  # relative error above which a contender is refused
-MATRIX = 1024  # side of the product whose rate stands for the machine's
-PRODUCT = f"{MATRIX}³ product"
-STATUS = Path("/proc/self/status")
+# Relative errors above which a contender is refused: the largest over the largest, so in bfloat16 a few last bits.
+CORRECT = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+SMALL = Shape(heads=2, tokens=147)  # crosses chunk boundaries and ends inside a chunk
+SECONDS = 1.5  # for the turns of a cell and pass
+PATIENCE = 2.0  # seconds: what takes longer is timed once
+LENGTHS = (512, 2048, 4096, 8192, 32768, 131072, 1 << 20)
 
 
-class Shape(NamedTuple):
-    """B, H, T, D of the benchmark, and how many documents its packed row holds."""
+class Cell(NamedTuple):
+    """part: what the cell is for: the core, or the operation's length, heads or width."""
 
-    batch: int = 1
-    heads: int = 8
-    tokens: int = 4096
-    width: int = 128
-    documents: int = 500
-
-    @property
-    def flops(self) -> int:
-        return self.batch * self.heads * self.tokens * (4 * 64 * self.width + 4 * self.width**2)
+    operation: str
+    shape: Shape
+    dtype: torch.dtype = torch.float32
+    part: str = "core"
+    passes: tuple[str, ...] = (FORWARD, BOTH)
 
 
-FULL = Shape()
-FILLING = Shape(batch=8, heads=16, tokens=8192)  # of the kernels in bfloat16
-LENGTHS = (4096, 65536, 1 << 20)  # of rows, in a batch of as many tokens as the longest has
-CORRECT_16 = 0.02  # as CORRECT, for bfloat16: a few times its last bit, as errors are the largest over the largest
-COPIED = 1 << 30  # bytes of the copy that stands for the device's memory
-SMALL = Shape(heads=2, tokens=333, width=32, documents=40)  # crosses chunk boundaries and ends inside a chunk
+def _cpu() -> Iterator[Cell]:
+    """Float32, a few minutes on two cores; lengths in one row."""
+    for operation in ("decay", "decay, learned", "decay per token"):
+        yield Cell(operation, Shape())
+    yield Cell("decay", Shape(width=64))
+    yield Cell("decay", Shape(documents=500), passes=(FORWARD,))
+    yield Cell("decay, learned", Shape(tokens=16384), passes=(BOTH,), part="memory")
+    # 1,536 channels: three times 512, as published; the backward of its rival alone would take a quarter of a minute.
+    yield Cell("TNN", Shape(heads=24, width=64), passes=(FORWARD,))
+    for width in (64, 128):
+        yield Cell("KDA", Shape(tokens=1024, width=width))  # its rival loops over tokens
+        for operation in ("GLA", "GLA, strong", "Mamba-2", "delta", "gated delta", "HLA", "HGRN", "short filter"):
+            yield Cell(operation, Shape(width=width))
+    for tokens in LENGTHS:
+        yield Cell("decay", Shape(heads=2, tokens=tokens, width=64), part="length")
+    for batch, heads in ((1, 1), (1, 16), (8, 8)):
+        yield Cell("decay", Shape(batch, heads, 2048, 64), part="heads")
 
 
-class Contender(NamedTuple):
-    """An operator, its definition in float64, and its inputs; those that require a gradient get one."""
+def _cuda() -> Iterator[Cell]:
+    """Bfloat16; lengths at equal total tokens, so that the batch falls to one row."""
+    cell = partial(Cell, dtype=torch.bfloat16)
+    for operation in ("decay", "GLA", "KDA", "HGRN"):
+        yield cell(operation, FILLING)
+    yield cell("gated delta", FLASHQLA)
+    yield cell("short filter", FILLING, passes=PASSES)
+    for tokens in LENGTHS:
+        yield cell("decay", Shape(LENGTHS[-1] // tokens, 16, tokens), part="length")
+    for operation in ("decay, learned", "decay per token", "Mamba-2", "delta", "HLA"):
+        yield cell(operation, FILLING)
+    for batch, heads in ((1, 16), (1, 64), (64, 16)):
+        yield cell("decay", Shape(batch, heads, 8192), part="heads")
+    for width in (64, 96, 256):
+        yield cell("decay", Shape(8, 16, 8192, width), part="width")
+    yield cell("decay", Shape(1, 16, 65536, documents=500))
 
-    forward: Callable[..., Tensor]
-    exact: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
 
-    def backward(self, output_gradient: Tensor) -> tuple[Tensor, ...]:
-        learned = [leaf for leaf in self.inputs if leaf.requires_grad]
-        return torch.autograd.grad(self.forward(*self.inputs), learned, output_gradient)
+FILLING = Shape(8, 16, 8192)
+FLASHQLA = Shape(8, 32, 4096)  # that of FlashQLA's published table for an H200, with as many query as value heads
+GRIDS = {"cpu": _cpu, "cuda": _cuda}
 
 
-class Minimax:
-    """The block algorithm of transformers' MiniMaxLightningAttention, (B, H, T, D) in and out.
+def measure(
+    *,
+    device: torch.device,
+    against: Sequence[str] = tuple(PEERS),
+    rounds: int = 20,
+    minutes: float | None = None,
+    cells: Sequence[Cell] | None = None,
+) -> Result:
+    """All cells of the device's grid, or those given; `rounds` at most of each, fewer where turns are long.
 
-    Restated from transformers/models/minimax/modeling_minimax.py (Apache-2.0): the same products in the same order,
-    with the decay factors prepared once, as the module does. slope (H, 1, 1) is -log_decay.
+    No cell is begun after `minutes`; those that are left are named. What figures are read off comes first.
     """
-
-    def __init__(self, slope: Tensor, *, block: int = 256) -> None:
-        row = torch.arange(1, block + 1, device=slope.device)
-        self.slope, self.block = slope, block
-        self.query_decay = torch.exp(-slope * row[:, None])
-        self.key_decay = torch.exp(-slope * (block - row[:, None]))
-        distance = slope * (row[:, None] - row[None, :])
-        self.diagonal_decay = torch.exp(torch.where(distance >= 0, -distance, -torch.inf))[None]
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        state = torch.zeros(*q.shape[:2], k.shape[-1], v.shape[-1], device=v.device, dtype=v.dtype)
-        outputs = []
-        for start in range(0, q.shape[2], self.block):
-            q_block, k_block, v_block = (x[:, :, start : start + self.block] for x in (q, k, v))
-            length = q_block.shape[2]
-            scores = q_block @ k_block.transpose(-1, -2)
-            within = (scores * self.diagonal_decay[:, :, :length, :length]) @ v_block
-            before = (q_block * self.query_decay[:, :length]) @ state
-            outputs.append(before + within)
-            update = (k_block * self.key_decay[:, -length:]).transpose(-1, -2) @ v_block
-            state = state * torch.exp(-self.slope * length) + update
-        return torch.cat(outputs, dim=-2)
-
-
-def error_beside_transformers() -> float | None:
-    """Relative error of `Minimax` against the module it restates, on that module's own queries, keys and values.
-
-    None where transformers is not installed.
-    """
-    try:
-        from transformers.models.minimax.configuration_minimax import MiniMaxConfig
-        from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
-    except ImportError:
-        return None
-    config = MiniMaxConfig(
-        hidden_size=256, num_attention_heads=4, head_dim=64, num_hidden_layers=2, block_size=256,
-        layer_types=["linear_attention", "full_attention"],
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        module = MiniMaxLightningAttention(config, layer_idx=0)
-        x = torch.randn(2, 600, config.hidden_size)
-        expected, _ = module(x, position_embeddings=None, attention_mask=None)
-        heads = module.act_fn(module.qkv_proj(x)).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
-        attended = Minimax(module.slope_rate, block=config.block_size)(*heads.chunk(3, dim=-1))
-        gate = torch.sigmoid(module.output_gate(x))
-        got = module.out_proj(gate * module.norm(attended.transpose(1, 2).flatten(2)))
-    return relative_error(got, expected.double())
-
-
-def slopes(heads: int, device: torch.device) -> Tensor:
-    """ALiBi's geometric slopes 2^{-8h/H}, h = 1..H, as MiniMax and the first layer of TransNormerLLM use them."""
-    return 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1, device=device, dtype=torch.float32))
-
-
-def document_bounds(tokens: int, documents: int) -> Tensor:
-    """cu_seqlens (documents + 1,) of documents of random length, at least one token each."""
-    cuts = torch.randperm(tokens - 1, generator=generator(0, "cuts"))[: documents - 1].sort().values + 1
-    return torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])])
-
-
-def measure(*, device: torch.device, shape: Shape = FULL, rounds: int = 20, weigh_tokens: int = 16384) -> Result:
-    """Time every contender forward and forward + backward, and weigh ours and the block algorithm.
-
-    Weighing needs Linux or a GPU; elsewhere, and for weigh_tokens = 0, those rows are missing.
-    """
-    beside = error_beside_transformers()
-    settings = {**shape._asdict(), "dtype": "float32", "device": str(device), "error_beside_transformers": beside}
-    result = Result(settings)
-    everybody = contenders(device)
-    errors = {name: error(build(SMALL, device)) for name, build in everybody.items()}
-    errors["minimax"] = max(errors["minimax"], beside or 0.0)
-    for name, value in errors.items():
-        if value > CORRECT:
-            result.refused.append(f"{name}: relative error {value:.1e}, over {CORRECT:.0e}")
-
-    built = {name: build(shape, device) for name, build in everybody.items() if errors[name] <= CORRECT}
-    seconds = {"forward": _forward(built, rounds, device), "forward + backward": _both(built, rounds, device)}
-    for which, timed in seconds.items():
-        for name, times in timed.items():
-            result.rows.append({"contender": name, "pass": which, **milliseconds(times), "error": errors.get(name)})
-    result.figures = _figures(shape, seconds)
-
-    if weigh_tokens and (device.type == "cuda" or STATUS.exists()):
-        weighed = [weigh(name, weigh_tokens, device) for name in ("decay, learned", "minimax") if name in built]
-        result.rows += weighed
-        result.figures += [
-            Figure("peak memory over the necessary", row["of_necessary"], at_most=1.25)
-            for row in weighed
-            if row["contender"] == "decay, learned"
-        ]
-    if device.type == "cuda":
-        _measure_kernels(result, device)
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    grid = tuple(GRIDS[device.type]()) if cells is None else tuple(cells)
+    result = Result({"device": device.type, "rounds": rounds, "against": list(against)})
+    result.absent += peers.absent(against, device)
+    table = _Table(result, device, against, rounds)
+    for cell in grid:
+        if time.monotonic() < end:
+            table.add(cell)
+        else:
+            result.absent.append(f"{cell.operation}, {cell.shape}: no time was left")
+    result.settings["limits"] = table.medians()
+    result.figures = figures(result.rows, device.type)
+    if not torch.cuda.is_available():
+        result.figures += figures([], "cuda")  # not measured, and said so
     return result
 
 
-def contenders(device: torch.device) -> dict[str, Callable[[Shape, torch.device], Contender]]:
-    """Everybody who can run on `device`, by name."""
-    return CONTENDERS | (KERNELS if device.type == "cuda" else {})
+def ours(operation: Operation, shape: Shape, backend: Backend, *leaves: Tensor) -> Call:
+    """The operation as Isotach computes it."""
+    span = shape.span(leaves[0].device)
+
+    def forward(*leaves: Tensor) -> Tensor:
+        return run(operation.rec, operation.inputs(*leaves), None, span, backend=backend)[0]
+
+    return Call(leaves, forward)
 
 
-def error(contender: Contender) -> float:
+def error(operation: Operation, compute: Callable[..., Call], leaves: Leaves, shape: Shape) -> float:
     """Largest relative error of values and gradients against the float64 definition."""
-    output = contender.forward(*contender.inputs)
-    doubles = tuple(leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in contender.inputs)
-    expected = contender.exact(*doubles)
+    call = compute(*leaves)
+    output = call.restore(call.forward(*(leaf.contiguous() for leaf in call.inputs)))
+    doubles = tuple(leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves)
+    definition = ours(operation, shape, "reference", *doubles)
+    expected = (call.exact or definition.forward)(*doubles)
     weights = torch.randn_like(output)
-    gradients = contender.backward(weights)
-    learned = [leaf for leaf in doubles if leaf.requires_grad]
-    exact = torch.autograd.grad(expected, learned, weights.double())
+    gradients = torch.autograd.grad(output, [leaf for leaf in leaves if leaf.requires_grad], weights)
+    exact = torch.autograd.grad(expected, [leaf for leaf in doubles if leaf.requires_grad], weights.double())
     pairs = zip((output, *gradients), (expected, *exact), strict=True)
     return max(relative_error(got.detach(), want.detach()) for got, want in pairs)
 
 
-def weigh(name: str, tokens: int, device: torch.device) -> Row:
-    """Peak memory of one forward + backward in a fresh process, and over what no implementation can do without.
-
-    That is q, k, v, log_decay, the output, and a gradient of each; the peak is counted from before the inputs.
-    """
-    code = f"from isotach.bench import ops; ops._weigh_here({name!r}, {tokens}, {str(device)!r})"
-    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-    row: Row = json.loads(done.stdout)
-    return row
-
-
-def _weigh_here(name: str, tokens: int, device_name: str) -> None:
-    device = torch.device(device_name)
-    before = _bytes(device, "VmRSS:")
-    contender = CONTENDERS[name](FULL._replace(tokens=tokens), device)
-    output = contender.forward(*contender.inputs)
-    output.backward(torch.randn_like(output))
-    peak = _bytes(device, "VmHWM:") - before
-    necessary = 2 * sum(tensor.nbytes for tensor in (*contender.inputs, output))
-    row = {"contender": name, "pass": f"memory, T = {tokens}", "mib": peak / 2**20, "of_necessary": peak / necessary}
-    print(json.dumps(row))
-
-
-def _bytes(device: torch.device, field: str) -> int:
-    """Peak allocation on a GPU; else a line of /proc/self/status, as getrusage's peak is inherited through exec."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    lines = STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def _forward(built: Mapping[str, Contender], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    a, b, c = (torch.randn(MATRIX, MATRIX, device=device) for _ in range(3))
-    calls: dict[str, Callable[[], object]] = {PRODUCT: partial(torch.mm, a, b, out=c)}
-    for name, contender in built.items():
-        if name != "decay, learned":  # learning shows in the backward pass only
-            calls[name] = partial(contender.forward, *contender.inputs)
+def error_at_size(operation: Operation, call: Call, output: Tensor, leaves: Leaves, shape: Shape) -> float:
+    """Relative error of the last row's last head; its exact values by float64 chunks, which `error` has compared."""
+    alone = tuple(leaf.detach().double() for leaf in operation.alone(leaves))
+    definition = ours(operation, shape._replace(batch=1), "torch", *alone)
     with torch.no_grad():
-        return interleave(calls, rounds=rounds, device=device)
+        expected = (call.exact or definition.forward)(*alone)
+    (got, *_) = operation.alone((call.restore(output), *leaves[1:]))
+    return relative_error(got[:, -expected.shape[1] :], expected)
 
 
-def _both(built: Mapping[str, Contender], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    with torch.no_grad():
-        weights = {name: torch.randn_like(c.forward(*c.inputs)) for name, c in built.items()}
-    calls = {name: partial(contender.backward, weights[name]) for name, contender in built.items()}
-    return interleave(calls, rounds=rounds, device=device)
+def gradient_error_at_size(operation: Operation, timed: "Timed", leaves: Leaves, shape: Shape) -> float:
+    """As error_at_size, of the gradients of what only that row and head reads; for our own calls."""
+    gradients = iter(timed.both())
+    whole = tuple(next(gradients) if leaf.requires_grad else leaf for leaf in leaves)
+    own = [i for i, leaf in enumerate(leaves) if leaf.requires_grad and i not in operation.shared]
+    alone = tuple(leaf.detach().double().requires_grad_() for leaf in operation.alone(leaves))
+    expected = ours(operation, shape._replace(batch=1), "torch", *alone).forward(*alone)
+    (weights, *_) = operation.alone((timed.weights, *leaves[1:]))
+    exact = torch.autograd.grad(expected, [alone[i] for i in own], weights.double())
+    got = operation.alone(whole)
+    return max(relative_error(got[i], want) for i, want in zip(own, exact, strict=True))
 
 
-def _measure_kernels(result: Result, device: torch.device) -> None:
-    """Rows and figures of the kernels in bfloat16; a wrong one is refused."""
-    source = torch.empty(COPIED, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    copy = 2 * COPIED / (1e-3 * _by_events(lambda: target.copy_(source))["ms"])
-    del source, target
-    result.figures.append(Figure("GB/s of a copy", 1e-9 * copy))
-    for kind in ("fixed", "token"):
-        build = _decay(kind, "triton", torch.bfloat16)
-        if (wrong := error(build(SMALL, device))) > CORRECT_16:
-            result.refused.append(f"decay, {kind}, bfloat16: relative error {wrong:.1e}, over {CORRECT_16:.0e}")
-            continue
-        shapes = [FILLING]
-        if kind == "fixed":
-            shapes += [FILLING._replace(batch=LENGTHS[-1] // tokens, tokens=tokens) for tokens in LENGTHS]
-        for shape in shapes:
-            result.rows += _kernel_rows(f"decay, {kind}, bfloat16", build(shape, device), shape, copy)
-    _kernel_figures(result)
+class Timed(NamedTuple):
+    """A call on contiguous inputs of its own, with a gradient of its output."""
+
+    call: Call
+    inputs: Leaves
+    weights: Tensor
+
+    @property
+    def learned(self) -> list[Tensor]:
+        return [leaf for leaf in self.inputs if leaf.requires_grad]
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        return self.call.forward(*self.inputs)
+
+    def both(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.call.forward(*self.inputs), self.learned, self.weights)
+
+    def of(self, which: str) -> Callable[[], object]:
+        """The call that is the pass; before a backward alone, the forward is done here."""
+        if which == BACKWARD:
+            output = self.call.forward(*self.inputs)
+            return partial(torch.autograd.grad, output, self.learned, self.weights, retain_graph=True)
+        return self.forward if which == FORWARD else self.both
 
 
-def _kernel_rows(name: str, contender: Contender, shape: Shape, copy: float) -> list[Row]:
-    with torch.no_grad():
-        weights = torch.randn_like(contender.forward(*contender.inputs))
-        forward = _by_events(lambda: contender.forward(*contender.inputs))
-    both = _by_events(lambda: contender.backward(weights))
-    rows = []
-    for which, times, tensors in (("forward", forward, 4), ("forward + backward", both, 11)):
-        least = tensors * weights.nbytes / copy
-        rows.append({"contender": name, "pass": _pass(which, shape), **times, "of_copy": 1e3 * least / times["ms"]})
-    return rows
+class _Table:
+    """The rows as they are measured, and what is remembered from cell to cell."""
+
+    def __init__(self, result: Result, device: torch.device, against: Sequence[str], rounds: int) -> None:
+        self.result, self.device, self.against, self.rounds = result, device, against, rounds
+        self.clock = clock(device)
+        self.limits: dict[torch.dtype, Limits] = {}
+        self.limit_seconds: dict[tuple[str, torch.dtype], list[float]] = {}
+        self.errors: dict[tuple[Any, ...], float] = {}
+        self.took: dict[tuple[Any, ...], tuple[int, float]] = {}  # tokens in all, and the seconds they took
+
+    def add(self, cell: Cell) -> None:
+        """Rows of a cell: contenders whose result is right, passes in order."""
+        if cell.dtype not in self.limits:
+            self.limits[cell.dtype] = Limits.of(self.device, cell.dtype)
+        operation = OPERATIONS[cell.operation]
+        compute: dict[str, Callable[..., Call]] = {OURS: partial(ours, operation, cell.shape, "auto")}
+        compute |= {peer: call for peer in self.against if (call := peers.find(peer, cell.operation, self.device))}
+        leaves = operation.draw(cell.shape, self.device, cell.dtype)
+        timed = {name: ready for name in compute if (ready := self._prepare(cell, name, compute[name], leaves))}
+        for which in cell.passes:
+            self._pass(cell, which, timed, leaves)
+
+    def medians(self) -> Row:
+        """GB/s of a copy and GFLOP/s of a product in every dtype, over all rounds."""
+        found: Row = {}
+        for (name, dtype), seconds in self.limit_seconds.items():
+            rate = 1e-9 * self.limits[dtype].work[name] / statistics.median(seconds)
+            found[f"{name}, {_name(dtype)}"] = rate
+        return found
+
+    def _prepare(self, cell: Cell, name: str, compute: Callable[..., Call], leaves: Leaves) -> Timed | None:
+        """The contender, compared; None and a sentence where its result is wrong or there is none."""
+        try:
+            wrong = self._small_error(cell, name, compute)
+            call = compute(*leaves)
+            inputs = tuple(x.detach().contiguous().requires_grad_(x.requires_grad) for x in call.inputs)
+            with torch.no_grad():
+                output = call.forward(*inputs)
+            operation, timed = OPERATIONS[cell.operation], Timed(call, inputs, torch.randn_like(output))
+            wrong = max(wrong, error_at_size(operation, call, output, leaves, cell.shape))
+            if name == OURS and cell.passes != (FORWARD,):
+                wrong = max(wrong, gradient_error_at_size(operation, timed, leaves, cell.shape))
+        except Exception as fault:  # noqa: BLE001 (of another program, as a rule: the others are measured all the same)
+            self._refuse(cell, name, f"{type(fault).__name__}: {fault}")
+            return None
+        if wrong > CORRECT[cell.dtype]:
+            self._refuse(cell, name, f"relative error {wrong:.1e}, over {CORRECT[cell.dtype]:.0e}")
+            return None
+        self.errors[cell, name] = wrong
+        return timed
+
+    def _small_error(self, cell: Cell, name: str, compute: Callable[..., Call]) -> float:
+        """`error` at a small size of the same width, remembered."""
+        shape = SMALL._replace(width=cell.shape.width, documents=min(cell.shape.documents, 20))
+        key = (cell.operation, name, cell.dtype, shape)
+        if key not in self.errors:
+            operation = OPERATIONS[cell.operation]
+            if name == OURS:
+                compute = partial(ours, operation, shape, "auto")
+            leaves = operation.draw(shape, self.device, cell.dtype)
+            self.errors[key] = error(operation, compute, leaves, shape)
+        return self.errors[key]
+
+    def _refuse(self, cell: Cell, name: str, why: str) -> None:
+        self.result.refused.append(f"{name}: {cell.operation}, {cell.shape}, {_name(cell.dtype)}: {why}")
+
+    def _pass(self, cell: Cell, which: str, timed: dict[str, Timed], leaves: Leaves) -> None:
+        calls, once = self._try(cell, which, timed)
+        limits = self.limits[cell.dtype]
+        turn = sum(seconds for _, seconds in once.values()) + sum(map(self.clock, limits.calls.values()))
+        rounds = max(3, min(self.rounds, int(SECONDS / turn)))
+        seconds = interleave(calls | limits.calls, rounds=rounds, device=self.device, clock=self.clock)
+        for name in limits.calls:
+            self.limit_seconds.setdefault((name, cell.dtype), []).extend(seconds[name])
+        seconds |= {name: [spent] for name, (_, spent) in once.items() if name not in calls}
+        for name in once:
+            self._row(cell, which, timed[name], name, seconds, once[name][0], leaves)
+
+    def _try(
+        self, cell: Cell, which: str, timed: dict[str, Timed]
+    ) -> tuple[dict[str, Callable[[], object]], dict[str, tuple[int, float]]]:
+        """What can take turns; and bytes held and seconds of one call, of everybody who did one in time."""
+        calls: dict[str, Callable[[], object]] = {}
+        once: dict[str, tuple[int, float]] = {}
+        for name, contender in timed.items():
+            tokens = cell.shape.batch * cell.shape.tokens
+            key = (cell.operation, name, which, cell.shape.heads, cell.shape.width)
+            before, took = self.took.get(key, (tokens, 0.0))
+            if name != OURS and took * tokens / before > PATIENCE:
+                self.result.absent.append(f"{name}: {cell.operation}, {cell.shape}, {which}: would take too long")
+                continue
+            try:
+                call = contender.of(which)
+                if self.device.type == "cuda":
+                    call()  # compiles
+                spent = self.clock(call)
+                held = 0 if spent > PATIENCE else peak(call, self.device)
+            except Exception as fault:  # noqa: BLE001 (as above; memory may not suffice for a gradient, say)
+                self._refuse(cell, name, f"{which}: {type(fault).__name__}: {fault}")
+                continue
+            self.took[key], once[name] = (tokens, spent), (held, spent)
+            if spent <= PATIENCE:
+                calls[name] = call
+        return calls, once
+
+    def _row(
+        self,
+        cell: Cell,
+        which: str,
+        timed: Timed,
+        name: str,
+        seconds: dict[str, list[float]],
+        held: int,
+        leaves: Leaves,
+    ) -> None:
+        operation, limits = OPERATIONS[cell.operation], self.limits[cell.dtype]
+        moved = families.moved(which, leaves, timed.weights)
+        flops = families.flops(operation, which, cell.shape)
+        spent = statistics.median(seconds[name])
+        row: Row = {"operation": cell.operation, "shape": str(cell.shape), "pass": which, "contender": name}
+        row |= milliseconds(seconds[name]) | {"GB/s": 1e-9 * moved / spent}
+        row["of_copy"] = moved / limits.work[COPY] * _ratio(seconds[COPY], seconds[name])
+        if flops is not None:
+            row["GFLOP/s"] = 1e-9 * flops / spent
+            row["of_product"] = flops / limits.work[PRODUCT] * _ratio(seconds[PRODUCT], seconds[name])
+        if held:
+            given = sum(x.nbytes for x in timed.inputs) + (0 if which == FORWARD else timed.weights.nbytes)
+            row["MiB"] = (given + held) / 2**20
+            row["of_least"] = (given + held) / families.least(which, leaves, timed.weights)
+        if name != OURS and OURS in seconds:
+            row["times"] = _ratio(seconds[name], seconds[OURS])
+        row["error"] = self.errors[cell, name]
+        row["at"] = {**cell.shape._asdict(), "dtype": _name(cell.dtype), "part": cell.part, "bytes": moved}
+        row["at"] |= {"flops": flops} | ({"backend": _backend(operation, leaves)} if name == OURS else {})
+        self.result.rows.append(row)
 
 
-def _by_events(call: Callable[[], object]) -> Row:
-    """As milliseconds, by the device's own clock: launches are queued behind the clearing of its cache."""
-    from triton.testing import do_bench
+def _ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Of the rounds, or of the medians where one was timed once."""
+    if len(numerator) == len(denominator):
+        return paired(numerator, denominator)
+    return statistics.median(numerator) / statistics.median(denominator)
 
-    low, middle, high = do_bench(call, warmup=50, rep=300, quantiles=[0.25, 0.5, 0.75])
-    return {"ms": middle, "ms_quartiles": [low, high]}
+
+def _backend(operation: Operation, leaves: Leaves) -> str:
+    """Which of the family's functions is taken."""
+    kernel = backends.find(operation.rec, "auto", operation.inputs(*leaves), None)
+    return "triton" if kernel is not None and ".triton." in kernel.__module__ else "torch"
 
 
-def _kernel_figures(result: Result) -> None:
-    """The bounds at the filling shape, and what a token costs in the longest row over the shortest."""
-    times = {row["pass"]: row["ms"] for row in result.rows if row["contender"] == "decay, fixed, bfloat16"}
-    if not times:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- the picture
+
+
+def panels(document: Row) -> list[Panel]:
+    """Time per token against length; and rates against intensity, under the two limits."""
+    return [*_lengths(document), *_roofline(document)]
+
+
+def _lengths(document: Row) -> Iterator[Panel]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in document["rows"]:
+        if row.get("at", {}).get("part") == "length" and row["pass"] == BOTH:
+            tokens = row["at"]["batch"] * row["at"]["tokens"]
+            lines.setdefault(row["contender"], []).append((row["at"]["tokens"], 1e3 * row["ms"] / tokens))
+    if lines:
+        series = tuple(Series(name, tuple(points)) for name, points in lines.items())
+        yield Panel("Fading attention, forward and backward", "tokens in a row", "microseconds per token", series)
+
+
+def _roofline(document: Row) -> Iterator[Panel]:
+    """Each operation's widest core cell, forward."""
+    found: dict[str, tuple[float, float]] = {}
+    dtype = ""
+    for row in document["rows"]:
+        at = row.get("at", {})
+        if at.get("part") == "core" and row["pass"] == FORWARD and row["contender"] == OURS and at["flops"]:
+            found[row["operation"]] = (at["flops"] / at["bytes"], row["GFLOP/s"])
+            dtype = at["dtype"]
+    if not found:
         return
-    for which, bound in KERNEL_BOUNDS.items():
-        figure = Figure(f"{which}, ms of the kernel in bfloat16", times[_pass(which, FILLING)], at_most=bound)
-        result.figures.append(figure)
-    short, long = (
-        times[_pass("forward + backward", FILLING._replace(batch=LENGTHS[-1] // tokens, tokens=tokens))]
-        for tokens in (LENGTHS[0], LENGTHS[-1])
-    )
-    result.figures.append(Figure(f"cost of a token at {LENGTHS[-1]:,} over {LENGTHS[0]:,}", long / short, at_most=1.15))
-
-
-def _pass(which: str, shape: Shape) -> str:
-    return f"{which}, B{shape.batch} H{shape.heads} T{shape.tokens} D{shape.width}"
-
-
-def _figures(shape: Shape, seconds: Mapping[str, Mapping[str, list[float]]]) -> list[Figure]:
-    """Ratios to our operator with a fixed decay per head, of the contenders that were not refused."""
-    product = seconds["forward"][PRODUCT]
-    figures = [Figure(f"GFLOP/s of a {PRODUCT}", 2e-9 * MATRIX**3 / statistics.median(product))]
-    if "decay" not in seconds["forward"]:
-        return figures
-    share = shape.flops / (2 * MATRIX**3) * paired(product, seconds["forward"]["decay"])
-    figures.append(Figure(f"forward, share of the rate of a {PRODUCT}", share, at_least=0.55))
-    for which, times in seconds.items():
-        for name in times:
-            ratio = paired(times[name], times["decay"])
-            if name in ("minimax", "softmax"):
-                bound = BOUNDS.get((which, name))
-                figures.append(Figure(f"{which}, times faster than {name}", ratio, at_least=bound))
-            elif name not in ("decay", PRODUCT):
-                figures.append(Figure(f"{which}, {name}, over fixed", ratio))
-    return figures
-
-
-def _decay(
-    kind: str, backend: Backend = "torch", dtype: torch.dtype = torch.float32
-) -> Callable[[Shape, torch.device], Contender]:
-    """Our operator, (B, T, H, D): `fixed` or `learned` decay per head, one per `token`, one per `channel`, `packed`."""
-
-    def build(shape: Shape, device: torch.device) -> Contender:
-        batch, heads, tokens, width, documents = shape
-        span = Span.of(batch, tokens, device=device)
-        if kind == "packed":
-            batch, span = 1, Span.packed(document_bounds(tokens, documents).to(device))
-        if kind in ("token", "channel"):
-            (gate,) = _normal((batch, tokens, heads, width if kind == "channel" else 1), device, "gate")
-            log_decay = F.logsigmoid(gate.detach()) / 16  # as in Gated Linear Attention
-        else:
-            log_decay = -slopes(heads, device).view(1, 1, heads, 1).repeat(batch, 1, 1, 1)
-        log_decay.requires_grad_(kind in ("learned", "token", "channel"))
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: Backend) -> Tensor:
-            return run(Decay(), Decay.Inputs(q, k, v, log_decay), None, span, backend=backend)[0]
-
-        rows = _normal((batch, tokens, heads, width), device, "q", "k", "v")
-        inputs = (*(row.detach().to(dtype).requires_grad_() for row in rows), log_decay)
-        return Contender(partial(attend, backend=backend), partial(attend, backend="reference"), inputs)
-
-    return build
-
-
-def _minimax(shape: Shape, device: torch.device) -> Contender:
-    batch, heads, tokens, width, _ = shape
-    slope = slopes(heads, device)
-    span = Span.of(batch, tokens, device=device)
-
-    def exact(*x: Tensor) -> Tensor:
-        q, k, v = (leaf.transpose(1, 2) for leaf in x)
-        inputs = Decay.Inputs(q, k, v, -slope.double().view(1, 1, heads, 1))
-        return run(Decay(), inputs, None, span, backend="reference")[0].transpose(1, 2)
-
-    return Contender(
-        Minimax(slope.view(heads, 1, 1)), exact, _normal((batch, heads, tokens, width), device, "q", "k", "v")
-    )
-
-
-def _softmax(shape: Shape, device: torch.device) -> Contender:
-    batch, heads, tokens, width, _ = shape
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        future = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
-        return ((q @ k.mT) * width**-0.5).masked_fill(future, -torch.inf).softmax(-1) @ v
-
-    return Contender(forward, exact, _normal((batch, heads, tokens, width), device, "q", "k", "v"))
-
-
-def _normal(size: tuple[int, ...], device: torch.device, *names: str) -> tuple[Tensor, ...]:
-    draws = (torch.randn(size, generator=generator(0, name, device=device), device=device) for name in names)
-    return tuple(draw.requires_grad_() for draw in draws)
-
-
-CONTENDERS: dict[str, Callable[[Shape, torch.device], Contender]] = {
-    "decay": _decay("fixed"),
-    "minimax": _minimax,
-    "softmax": _softmax,
-    "decay, learned": _decay("learned"),
-    "decay, per token": _decay("token"),
-    "decay, per channel": _decay("channel"),
-    "decay, packed": _decay("packed"),
-}
-KERNELS: dict[str, Callable[[Shape, torch.device], Contender]] = {
-    "decay, triton": _decay("fixed", "triton"),
-    "decay, per token, triton": _decay("token", "triton"),
-    "decay, packed, triton": _decay("packed", "triton"),
-}
+    copy, product = (document["settings"]["limits"][f"{name}, {dtype}"] for name in (COPY, PRODUCT))
+    lowest, highest = min(x for x, _ in found.values()), max(x for x, _ in found.values())
+    ends = (lowest / 2, max(2 * product / copy, 2 * highest))
+    limit = ((ends[0], copy * ends[0]), (product / copy, product), (ends[1], product))
+    series = (Series("copy, product", limit, faint=True), *(Series(name, (at,), OURS) for name, at in found.items()))
+    yield Panel("Rate of every operation, forward", "FLOP per byte that must move", "GFLOP/s", series)

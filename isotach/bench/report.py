@@ -32,6 +32,7 @@ QUIET = 0.1  # cores that others may keep busy on a machine called idle: 5 % of 
 WIDTH = 160  # columns that the tables want
 Row = dict[str, Any]
 Clock = Callable[[Callable[[], object]], float]  # seconds that a call takes
+Panels = Callable[[Row], Sequence[picture.Panel]]  # what a benchmark draws of its stored result
 K = TypeVar("K")  # whatever a caller names its contenders by
 
 
@@ -89,7 +90,7 @@ def publish(
     folder: Path,
     wait: float,
     console: Console,
-    panels: Callable[[Row], Sequence[picture.Panel]] = lambda document: (),
+    panels: Panels | None = None,
 ) -> Result:
     """Wait for an idle machine, measure, print the tables, and write folder/name.json, .md, and .svg where `panels`
     finds something to draw in what was stored.
@@ -264,9 +265,9 @@ def commit() -> Row | None:
         return None
 
 
-def pages(name: str, document: Row, panels: Callable[[Row], Sequence[picture.Panel]]) -> dict[str, str]:
+def pages(name: str, document: Row, panels: Panels | None) -> dict[str, str]:
     """What people read of a stored result: NAME.md, and NAME.svg where `panels` finds something to draw."""
-    drawn = panels(document)
+    drawn = panels(document) if panels else ()
     image = [f"![{', '.join(panel.title for panel in drawn)}]({name}.svg)"] if drawn else []
     parts = [f"# isotach bench {document['benchmark']}", measured_on(document), *image, *tables(document)]
     written = {f"{name}.md": "\n\n".join(parts) + "\n"}

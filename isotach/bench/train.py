@@ -2,10 +2,15 @@
 
 The updates are those of the trainer itself, on packed documents of the Python standard library; only the number of
 tokens that a row may span differs. The softmax twin stands beside.
+
+    of_product  FLOPs of the model, three times its forward's at half a row of context, over those of a matrix product
+                in the same time
+    MiB         tensors that an update makes and holds at most at once, weights and moments excluded
 """
 
+import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +18,7 @@ import torch
 
 from isotach.allocator import keep_blocks
 from isotach.bench.decode import CORRECT, model_error, softmax_twin
+from isotach.bench.limits import PRODUCT, Limits, peak
 from isotach.bench.report import Figure, Result, interleave, milliseconds, paired
 from isotach.config import parse
 from isotach.data.stream import DataConfig
@@ -53,22 +59,30 @@ def _compare(
     """Add one preset's rows and figures to the result."""
     model = parse(ModelConfig, {"preset": name}, who="bench")
     models = {name: model, f"{name} softmax": softmax_twin(model)}
-    calls = {}
+    limits = Limits.of(device, torch.bfloat16 if device.type == "cuda" else torch.float32)  # as the trainer chooses
+    calls: dict[tuple[str, int], Callable[[], object]] = {}
+    flops = {}
     for each, config in models.items():
-        wrong = model_error(Decoder(config).to(device))
-        if wrong > CORRECT:
+        decoder = Decoder(config).to(device)
+        if (wrong := model_error(decoder)) > CORRECT:
             result.refused.append(f"{each}: relative error {wrong:.1e} against float64, over {CORRECT:.0e}")
             continue
         for length in lengths:
-            recipe = _recipe(config, folder, device=device, length=length, tokens=max(lengths), steps=rounds + 1)
+            recipe = _recipe(config, folder, device=device, length=length, tokens=max(lengths), steps=rounds + 2)
+            flops[each, length] = 3 * decoder.flops_per_token(length // 2) * max(lengths)
             calls[each, length] = partial(_update, Trainer(recipe, folder / f"{each} {length}"))
     if not calls:
         return
-    seconds = interleave(calls, rounds=rounds, device=device)
-    for each, length in calls:
-        timing = milliseconds(seconds[each, length])
-        rate = max(lengths) / timing["ms"] * 1e3
-        result.rows.append({"model": each, "length": length, **timing, "tokens_per_second": rate})
+    product = ("", 0)
+    seconds = interleave(calls | {product: limits.calls[PRODUCT]}, rounds=rounds, device=device)
+    for (each, length), call in calls.items():
+        spent = seconds[each, length]
+        row = {"model": each, "length": length, **milliseconds(spent)}
+        row["tokens_per_second"] = max(lengths) / statistics.median(spent)
+        row["GFLOP/s"] = 1e-9 * flops[each, length] / statistics.median(spent)
+        row["of_product"] = flops[each, length] / limits.work[PRODUCT] * paired(seconds[product], spent)
+        row["MiB"] = peak(call, device) / 2**20
+        result.rows.append(row)
     for each in models:
         if (each, min(lengths)) in calls:
             ratio = paired(seconds[each, min(lengths)], seconds[each, max(lengths)])

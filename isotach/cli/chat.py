@@ -14,9 +14,10 @@ from isotach.cli.generate import Device, MaxTokens, MinP, RepetitionPenalty, Run
 if TYPE_CHECKING:
     from isotach.infer.sample import Sampling
     from isotach.infer.snapshot import Snapshot
+    from isotach.serve.chat import Template
     from isotach.serve.engine import Engine
 
-HERE = "{user}"
+TURN = ("user", "assistant")  # what a past ends with
 HELP = """/save PATH  write the conversation's state to a file
 /load PATH  continue a conversation from a file
 /reset      forget everything
@@ -27,12 +28,12 @@ Ctrl-C      stops an answer"""
 def chat(
     run: Run,
     template: Annotated[
-        str,
+        Path | None,
         typer.Option(
-            help=f"How a turn is written down; {HERE} is your line, \\n a new line. The answer ends where the model "
-            f"itself begins the next turn. A template of just {HERE} lets the model continue what you write."
+            help="Jinja file that says how turns are written down. If left out: the model's own, as the server has it, "
+            "or else User: and Assistant: on lines of their own; the answer then ends where the next turn begins."
         ),
-    ] = f"User: {HERE}\\nAssistant:",
+    ] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 1.0,
     top_k: TopK = 0,
@@ -49,13 +50,10 @@ def chat(
     from isotach.errors import UserError
     from isotach.infer.open import open_checkpoint
     from isotach.infer.sample import Sampling
+    from isotach.serve.chat import Template
     from isotach.serve.engine import Engine
     from isotach.train.checkpoint import resolve
 
-    template = template.replace("\\n", "\n")
-    if template.count(HERE) != 1:
-        raise UserError(f"chat: template: expected {HERE} once, got {template!r}; mark where your line goes")
-    cue = template.partition(HERE)[0].rstrip()
     settings = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -64,10 +62,16 @@ def chat(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
-        "stop": [*(stop or ()), *([f"\n{cue}"] if cue else ())],
+        "stop": stop or (),
     }
     sampling = config.parse(Sampling, settings, who="chat").seeded()
-    with Engine(*open_checkpoint(resolve(run), device=device)) as engine:
+    checkpoint = resolve(run)
+    decoder, tokenizer = open_checkpoint(checkpoint, device=device)
+    turns = Template.load(checkpoint, tokenizer, file=template)
+    sampling = sampling.model_copy(
+        update={"stop": (*sampling.stop, *turns.stop), "stop_token_ids": turns.stop_token_ids}
+    )
+    with Engine(decoder, tokenizer) as engine:
         past = None if state is None else engine.load(state)
         print(f"seed {sampling.seed}; /help lists the commands", file=sys.stderr)
         while (line := _ask()) is not None:
@@ -91,7 +95,7 @@ def chat(
                         print(f"{command}: no such command, or a path is missing; /help lists them", file=sys.stderr)
                         continue
                     case _:
-                        past = _answer(engine, past, template.replace(HERE, line), sampling)
+                        past = _answer(engine, turns, past, line, sampling)
             except UserError as error:
                 print(error, file=sys.stderr)
                 continue
@@ -99,13 +103,14 @@ def chat(
             print(f"[{size[0]:,} tokens, state {size[1]:,} bytes]", file=sys.stderr)
 
 
-def _answer(engine: "Engine", past: "Snapshot | None", turn: str, sampling: "Sampling") -> "Snapshot":
-    """Print the answer to a turn; what is remembered then, up to where Ctrl-C stopped it."""
-    from isotach.infer.generate import encode
+def _answer(
+    engine: "Engine", turns: "Template", past: "Snapshot | None", line: str, sampling: "Sampling"
+) -> "Snapshot":
+    """Print the answer to a line; what is remembered then, up to where Ctrl-C stopped it."""
     from isotach.serve.engine import Request
 
-    ids = encode(engine.tokenizer, turn if past is None else f"\n{turn}").tolist()
-    ticket = engine.submit(Request(ids, sampling, state=past))
+    written = turns.write([{"role": "user", "content": line}], before=None if past is None else TURN)
+    ticket = engine.submit(Request(written.tokens, sampling, state=past))
     with _on_interrupt(ticket.cancel):
         for event in ticket:
             print(event.text, end="", flush=True)

@@ -1,13 +1,14 @@
-"""isotach convert RUN OUT: the tnn layers of a model get a constant state."""
+"""isotach convert RUN OUT: the tnn layers of a model get a constant state, or its weights eight bits."""
 
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 if TYPE_CHECKING:
+    from isotach.data.tokenizer import Tokenizer
     from isotach.models.decoder import Decoder
 
 REACH = 4  # what happens behind the exact lags is told up to so many times as far
@@ -17,6 +18,7 @@ class To(StrEnum):
     etsc = "etsc"
     published = "published"
     ring = "ring"
+    int8 = "int8"
 
 
 def convert(
@@ -26,25 +28,39 @@ def convert(
         int | None, typer.Option(min=1, help="Distances that stay exact; left out, the tokens of a training row.")
     ] = None,
     to: Annotated[
-        To, typer.Option(help="A diagonal state; the same as its paper closes it; or a ring buffer of inputs.")
+        To,
+        typer.Option(
+            help="tnn: a diagonal state; the same as its paper closes it; or a ring buffer of inputs. Any model: int8."
+        ),
     ] = To.etsc,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Give the tnn layers of a model a state of constant size; print how exact all forms are and what they cost."""
+    """Give the tnn layers of a model a state of constant size; print how exact all forms are and what they cost.
+
+    Or round the matrices of any model to eight bits for inference; print the bytes, and the loss where it validates.
+    """
     from isotach import config
     from isotach.errors import UserError
     from isotach.infer.open import open_checkpoint
-    from isotach.models.convert import converted
+    from isotach.models.convert import Form, converted
+    from isotach.models.quantize import is_int8
     from isotach.train.checkpoint import resolve
 
     if out.exists():
         raise UserError(f"{out}: expected the name of a new folder, got one that is taken; choose another")
     source = resolve(run)
-    before, _ = open_checkpoint(source, device="cpu")
+    before, tokenizer = open_checkpoint(source, device="cpu")
+    if is_int8(before):
+        raise UserError(f"{source}: expected weights in floating point, got int8; convert the model they are made of")
+    if to == To.int8:
+        if lags is not None:
+            raise UserError("convert: --lags is for tnn layers; leave it out with --to int8")
+        _round(source, out, before, tokenizer, as_json=as_json)
+        return
     lags = lags or config.read(source / "config.toml").get("train", {}).get("seq_len")
     if lags is None:
         raise UserError(f"{source}: expected train.seq_len in config.toml, found none; give --lags")
-    forms = {form.value: converted(before, form.value, lags=lags) for form in To}
+    forms = {form: converted(before, form, lags=lags) for form in get_args(Form)}
     _write(source, out, forms[to], {"from": str(source), "to": to.value, "lags": lags})
     report = _measured(before, forms, lags)
     if as_json:
@@ -52,6 +68,43 @@ def convert(
     else:
         _show(report)
         print(f"{out}: {to.value}, exact for {lags} lags")
+
+
+def _round(source: Path, out: Path, before: "Decoder", tokenizer: "Tokenizer", *, as_json: bool) -> None:
+    """Write the model in eight bits, and print what that saves and costs."""
+    import math
+
+    from isotach import config
+    from isotach.models.quantize import int8
+    from isotach.train.recipe import Recipe
+
+    after = int8(before)
+    _write(source, out, after, {"from": str(source), "to": "int8"})
+    before_bytes, after_bytes = (sum(x.nbytes for x in model.state_dict().values()) for model in (before, after))
+    report: dict[str, Any] = {"form": "int8", "bytes": {"before": before_bytes, "after": after_bytes}}
+    if "data" in config.read(source / "config.toml"):
+        report |= _losses(config.load(Recipe, source / "config.toml"), tokenizer, before, after)
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    print(f"{out}: {after_bytes / 2**20:,.1f} MiB instead of {before_bytes / 2**20:,.1f}")
+    if "nats" not in report:
+        print("Loss not measured: config.toml names no text to validate on.")
+    else:
+        nats = report["nats"]
+        (was, now), share = map(math.exp, nats.values()), math.expm1(nats["after"] - nats["before"])
+        print(f"Perplexity {now:.4f} instead of {was:.4f} over {report['tokens']:,} tokens ({share:+.2%})")
+
+
+def _losses(recipe: Any, tokenizer: "Tokenizer", before: "Decoder", after: "Decoder") -> dict[str, Any]:
+    """Nats per token of both models on what the recipe validates on; empty where it sets no text aside."""
+    from isotach.eval.perplexity import mean_nats
+    from isotach.train.loop import valid_batches
+
+    if not (batches := valid_batches(recipe, tokenizer)):
+        return {}
+    tokens = sum(batch.targets.numel() for batch in batches)
+    return {"tokens": tokens, "nats": {"before": mean_nats(before, batches), "after": mean_nats(after, batches)}}
 
 
 def _write(source: Path, out: Path, model: "Decoder", conversion: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def eval(
     loaded = config.load(tables.TableConfig, recipe).model_copy(update={"data": data})
     tables.check(loaded)
     out.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
+    check_writable(out / "table.json")
     console = Console(stderr=True)
     results = {}
     everything = list(tables.cells(loaded))

@@ -4,6 +4,7 @@ import logging
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 HERE = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def _print_limits(asked: bool) -> None:
+    if asked:
+        from isotach import config
+        from isotach.serve.limits import Limits
+
+        print(config.dumps(Limits()), end="")
+        raise typer.Exit
 
 
 def serve(
@@ -37,7 +47,12 @@ def serve(
     disk: Annotated[float, typer.Option(help="GiB for states that no longer fit into memory.")] = 16.0,
     log_text: Annotated[bool, typer.Option("--log-text", help="Write prompts and answers into the log.")] = False,
     device: Device = "auto",
-    print_limits: Annotated[bool, typer.Option("--print-limits", help="Print the limits as TOML and exit.")] = False,
+    print_limits: Annotated[
+        bool,
+        typer.Option(
+            "--print-limits", callback=_print_limits, is_eager=True, help="Print all limits as TOML and exit."
+        ),
+    ] = False,
 ) -> None:
     """Serve a model at http://HOST:PORT, with a page to chat on. Ctrl-C or SIGTERM lets requests finish and stops.
 
@@ -54,9 +69,6 @@ def serve(
             raise UserError(f"serve: expected LIMIT=VALUE, such as rate=60, got {limit}; see --print-limits")
         config.set_dotted(settings, limit)
     parsed = config.parse(Limits, settings, who="serve")
-    if print_limits:
-        print(config.dumps(parsed), end="")
-        return
     owners = Keys() if keys is None else Keys.load(keys)
     place = Place(run, store, name, memory, disk, device)
     with _bound(host, port) as listener:
@@ -118,11 +130,9 @@ def _serve(
             log_text=log_text,
         )
         _log_to_stderr()
-        running = server(create_app(engine, settings), limits=limits)
         host, port = listener.getsockname()[:2]
-        print(
-            f"{settings.name} at http://{f'[{host}]' if ':' in host else host}:{port}  (states: {folder})", flush=True
-        )
+        told = f"{settings.name} at http://{f'[{host}]' if ':' in host else host}:{port}  (states: {folder})"
+        running = server(create_app(engine, settings), limits=limits, started=partial(print, told, flush=True))
         # uvicorn raises the signal that stopped it once more, and this is a good end.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         running.run(sockets=[listener])

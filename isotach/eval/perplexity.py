@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from isotach.data.pack import Batch
 from isotach.models.decoder import Decoder
 
 SCORED = 128  # tokens of a window whose loss counts
@@ -45,3 +46,13 @@ def by_context(
             total += float(F.cross_entropy(logits, text[end - scored + 1 : end + 1], reduction="sum"))
         losses[context] = total / (len(ends) * scored)
     return losses
+
+
+@torch.inference_mode()
+def mean_nats(decoder: Decoder, batches: Sequence[Batch]) -> float:
+    """-log p(target) of every target of the batches, on average."""
+    total = 0.0
+    for batch in batches:
+        logits, _ = decoder(batch.tokens, span=batch.span)
+        total += float(F.cross_entropy(logits[0].float(), batch.targets[0], reduction="sum"))
+    return total / sum(batch.targets.numel() for batch in batches)

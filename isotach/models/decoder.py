@@ -31,9 +31,12 @@ from isotach import mixers, shapes
 from isotach.config import Config
 from isotach.errors import UserError
 from isotach.files import write_atomically
+from isotach.models import quantize
+from isotach.models.block8 import Block8
 from isotach.models.presets import preset
 from isotach.models.state import DecoderState
 from isotach.nn.ffn import Activation, ChannelMixer, Kind, channel_mixer
+from isotach.nn.linear8 import Embedding8, Linear8
 from isotach.nn.mixer import MixerConfig, MixerState, Place, Scan, Shared, initialize, linear
 from isotach.nn.norm import SRMSNorm
 from isotach.ops.engine import Span
@@ -157,6 +160,10 @@ class Block(nn.Module):
             return context // self.mixer.cache.config.segment, 1
         return self.mixer.recurrence.stored(context), self.mixer.heads
 
+    def room(self, name: str, context: int) -> int:
+        """Entries that its buffers need at most while it reads up to `context` tokens."""
+        return self.stored(name, context)[0] if name == "cache" else self.mixer.recurrence.room(context)
+
 
 class Decoder(nn.Module):
     """Weights are float32 and drawn from streams named (seed, parameter), so no layer shifts another's numbers.
@@ -209,7 +216,11 @@ class Decoder(nn.Module):
         return self.norm(x), DecoderState(tuple(after), _ends(span, state))
 
     def head(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T vocab"]:
-        return nn.functional.linear(hidden, self.embed.weight if self.unembed is None else self.unembed.weight)
+        if self.unembed is not None:
+            return self.unembed(hidden)
+        if isinstance(self.embed, Embedding8):
+            return self.embed.logits(hidden)
+        return nn.functional.linear(hidden, self.embed.weight)
 
     @property
     def device(self) -> torch.device:
@@ -226,7 +237,7 @@ class Decoder(nn.Module):
         Matrices and head; 4 per number of a constant state (write, read); of every token that is stored, in a window
         or for good, 2 per head and channel of its key and of its value, and 2 per number of what it has besides.
         """
-        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear | Linear8))
         if self.unembed is None:
             matrices += self.embed.weight.numel()
         flops = 2.0 * matrices
@@ -253,12 +264,11 @@ class Decoder(nn.Module):
 
     def room(self, block: int, name: str, context: int) -> int:
         """Entries along S that its buffers need at most while it reads up to `context` tokens."""
-        own = self._block(block)
-        return own.stored(name, context)[0] if name == "cache" else own.mixer.recurrence.room(context)
+        return self._block(block).room(name, context)
 
-    def _block(self, index: int) -> Block:
+    def _block(self, index: int) -> Block | Block8:
         block = self.blocks[index]
-        assert isinstance(block, Block)
+        assert isinstance(block, Block | Block8)
         return block
 
     def _state_tensors(self, context: int) -> Iterator[tuple[torch.dtype, list[tuple[str, int]], int]]:
@@ -316,7 +326,10 @@ class Decoder(nn.Module):
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> "Decoder":
-        """The model in `folder`: config.toml's [model] and model.safetensors. UserError where they do not fit."""
+        """The model in `folder`: config.toml's [model] and model.safetensors, in float32 or int8.
+
+        UserError where they do not fit.
+        """
         text = Path(folder) / "config.toml"
         decoder = Decoder(
             configuration.parse(ModelConfig, configuration.read(text).get("model", {}), who=f"{text}: model")
@@ -324,6 +337,7 @@ class Decoder(nn.Module):
         file = Path(folder) / "model.safetensors"
         try:
             weights = load_file(file)
+            quantize.make_room(decoder, weights)
             decoder.load_state_dict(weights)
         except FileNotFoundError:
             raise UserError(f"{file}: expected the model's weights, found none; name a checkpoint folder") from None

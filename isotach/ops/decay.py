@@ -80,6 +80,17 @@ class Decay(Recurrence):
         zero = x.k.new_zeros((), dtype=state_dtype(x.q))
         return self.State(zero.expand(rows, x.k.shape[2], x.k.shape[3], x.v.shape[3]))
 
+    def step(self, x: Tensors, s: Tensors) -> tuple[Tensor, State]:
+        """In three passes over one new state: it fades, it is written, and it is read."""
+        dtype, x = x.q.dtype, _wide(x)
+        (batch, _, heads, width), values = x.k.shape, x.v.shape[-1]
+        each = batch * heads
+        state = s.state.contiguous() * x.log_decay.exp().reshape(batch, heads, -1, 1)
+        matrices = state.view(each, width, values)
+        matrices.baddbmm_(x.k.reshape(each, width, 1), x.v.reshape(each, 1, values))
+        o = torch.bmm(x.q.reshape(each, 1, width), matrices)
+        return o.view(batch, 1, heads, values).to(dtype), self.State(state)
+
     def summarize(self, x: Tensors) -> Summary:
         x = _wide(x)
         total = _running(x)
@@ -104,7 +115,7 @@ class Decay(Recurrence):
 
 def _wide(x: Tensors) -> Decay.Inputs:
     dtype = state_dtype(x.q)
-    return Decay.Inputs(*(leaf.to(dtype) for leaf in x))
+    return Decay.Inputs(*(leaf if leaf.dtype == dtype else leaf.to(dtype) for leaf in x))
 
 
 def _running(x: Decay.Inputs) -> Tensor:

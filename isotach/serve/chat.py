@@ -9,10 +9,12 @@ conversation that goes on has the tokens of the shorter one as its beginning, wh
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import secrets
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,8 @@ DEFAULT = (
     "{{ message.content }}{% endfor %}{% if add_generation_prompt %}{{ '\n\n' }}Assistant:\n{% endif %}"
 )
 DEFAULT_STOP = ("\n\nUser:",)
-MEMORY = 1 << 20  # tokens of answers whose spelling is remembered
+MEMORY = 4 << 20  # bytes in which the spelling of answers is remembered
+ENTRY = 400  # bytes that remembering takes beside the four of every token
 
 Message = Mapping[str, Any]
 
@@ -82,14 +85,20 @@ class Template:
         self._trimmed = {role for role in ("user", "assistant") if f" {role}\n" not in probe}
 
     @classmethod
-    def load(cls, folder: Path, tokenizer: Tokenizer) -> "Template":
-        """The template in a checkpoint folder, or the default one. UserError where what is there cannot be used."""
+    def load(cls, folder: Path, tokenizer: Tokenizer, *, file: Path | None = None) -> "Template":
+        """The template in a checkpoint folder, or the default one; or that of a file, which must then be there.
+
+        UserError where what is there cannot be used.
+        """
         settings, path = _json(folder / "tokenizer_config.json"), folder / "tokenizer_config.json"
         source = settings.get("chat_template")
         if isinstance(source, list):  # several by name
             source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-        if (own := _text(folder / "chat_template.jinja")) is not None:
-            source, path = own, folder / "chat_template.jinja"
+        jinja = file or folder / "chat_template.jinja"
+        if (own := _text(jinja)) is not None:
+            source, path = own, jinja
+        elif file is not None:
+            raise UserError(f"{file}: expected a Jinja template, found no file; check the path")
         if not isinstance(source, str | None):
             raise UserError(f"{path}: chat_template: expected a text, got {type(source).__name__}; mend or remove it")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -195,7 +204,7 @@ class Template:
 
 
 class Answers:
-    """The tokens of answers whose text the tokenizer would spell otherwise, by owner, the latest MEMORY of them.
+    """The tokens of answers whose text the tokenizer would spell otherwise, by owner: the latest, in `room` bytes.
 
     A client sends a conversation back as text. Where an answer's text has two spellings, that of the tokenizer is not
     what the model wrote and its state has read; with this, the state still fits.
@@ -204,24 +213,36 @@ class Answers:
     def __init__(self, tokenizer: Tokenizer, *, room: int = MEMORY) -> None:
         self._tokenizer = tokenizer
         self._room = room
-        self._ids: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
+        self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
 
     def remember(self, owner: str, text: str, ids: list[int]) -> None:
-        if not ids or len(ids) > self._room or self._tokenizer.encode(text).tolist() == ids:
+        if not ids or self._tokenizer.encode(text).tolist() == ids:
             return
+        key = self._key(owner, text)
         with self._lock:
-            self._size += len(ids) - len(self._ids.pop((owner, text), ()))
-            self._ids[owner, text] = ids
+            self._drop(key)
+            self._ids[key] = array("I", ids)
+            self._size += ENTRY + 4 * len(ids)
             while self._size > self._room:
-                self._size -= len(self._ids.popitem(last=False)[1])
+                self._drop(next(iter(self._ids)))
 
     def find(self, owner: str, text: str) -> list[int] | None:
+        key = self._key(owner, text)
         with self._lock:
-            if (owner, text) in self._ids:
-                self._ids.move_to_end((owner, text))
-            return self._ids.get((owner, text))
+            if key not in self._ids:
+                return None
+            self._ids.move_to_end(key)
+            return self._ids[key].tolist()
+
+    def _drop(self, key: bytes) -> None:
+        if key in self._ids:
+            self._size -= ENTRY + 4 * len(self._ids.pop(key))
+
+    @staticmethod
+    def _key(owner: str, text: str) -> bytes:
+        return hashlib.sha256(f"{owner}\n{text}".encode()).digest()
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, int]:

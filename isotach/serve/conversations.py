@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +38,11 @@ class Said(Config):
 
 
 class Note(Config):
-    """messages: None for a state of plain text. session: by which name it is continued. parent: what it came from."""
+    """messages: None for a state of plain text. before: tokens that were read before the first of them, None where that
+    is not known. session: by which name it is continued. parent: what it came from."""
 
     messages: tuple[Said, ...] | None = None
+    before: Annotated[int, Field(ge=0)] | None = None
     title: str | None = None
     session: str | None = None
     parent: str | None = None
@@ -55,11 +57,15 @@ class Transcript(Config):
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """What a request continues; without a snapshot nothing."""
+    """What a request continues; without a snapshot nothing.
+
+    - before: how many tokens come before the first message, the request's own if there is no other.
+    """
 
     snapshot: Snapshot | None = None
     tokens: NDArray[np.uint32] | None = field(default_factory=lambda: np.empty(0, np.uint32))  # None: not known
     messages: tuple[Said, ...] | None = ()
+    before: int | None = 0
     parent: str | None = None
     session: str | None = None
 
@@ -100,8 +106,7 @@ class Conversations:
         if state is not None:
             record = self.record(owner, state, param="state")
         else:
-            own = (record for record in self.store.list(owner) if session and _note(record).session == session)
-            newest = next(own, None)
+            newest = None if session is None else self.store.newest(owner, session)
             if newest is None:
                 return Basis(session=session)
             record = newest
@@ -110,7 +115,9 @@ class Conversations:
         except UserError as error:
             param = "session_id" if state is None else "state"
             raise ApiError.of(error, param=param, code="state_unusable") from None
-        return Basis(snapshot, self._tokens(record), _note(record).messages, record.id, session)
+        note = _note(record)
+        before = note.before if note.messages else record.tokens
+        return Basis(snapshot, self._tokens(record), note.messages, before, record.id, session)
 
     def keep(
         self,
@@ -126,9 +133,10 @@ class Conversations:
         total = snapshot.tokens
         whole = None if basis.tokens is None else np.concatenate([basis.tokens, np.asarray(tokens, np.uint32)])[:total]
         said = None if messages is None else (*(basis.messages or ()), *messages)
-        note = Note(messages=said, title=title, session=basis.session, parent=basis.parent)
+        before = None if said is None else basis.before
+        note = Note(messages=said, before=before, title=title, session=basis.session, parent=basis.parent)
         try:
-            record = self.store.create(owner, snapshot, whole, note=note.model_dump(mode="json"))
+            record = self.store.create(owner, snapshot, whole, note=note.model_dump(mode="json"), session=basis.session)
         except (UserError, OSError) as error:
             log.error("a state could not be stored", exc_info=error)
             message = "state: the server could not store it; ask whoever runs it to look into its log"
@@ -137,17 +145,20 @@ class Conversations:
             self.store.delete(owner, basis.parent)
         return self.show(record)
 
-    def rewound(self, owner: str, id: str, count: int) -> tuple[NDArray[np.uint32], tuple[Said, ...]]:
-        """The tokens of a conversation's first messages, and these. ApiError 400 where nobody can go back there."""
-        record = self.record(owner, id)
-        said = _note(record).messages
-        if not said or count > len(said):
-            message = f"messages: expected at most the {len(said or ())} messages of this state, got {count}"
+    def rewound(self, owner: str, id: str, count: int) -> tuple[Basis, NDArray[np.uint32], tuple[Said, ...] | None]:
+        """The tokens of a conversation's first messages, and these; with 0 what was read before them. What they go on
+        from is nothing. ApiError 400 where nobody can go back there."""
+        note = _note(self.record(owner, id))
+        said = note.messages or ()
+        if count > len(said):
+            message = f"messages: expected at most the {len(said)} messages of this state, got {count}"
             raise ApiError(400, message, param="messages", code="invalid_value")
-        end = said[count - 1].end
-        if end is None:
-            raise ApiError(400, "messages: this message's end is not known; fork it elsewhere", param="messages")
-        return self.store.transcript(owner, id)[:end], said[:count]
+        end = said[count - 1].end if count else note.before
+        if not end:
+            where = "this message's end is not known" if count else "nothing is known to be before the first message"
+            raise ApiError(400, f"messages: {where}; fork it elsewhere", param="messages", code="invalid_value")
+        nothing = Basis(before=note.before, parent=id)
+        return nothing, self.store.transcript(owner, id)[:end], said[:count] if count else None
 
     def record(self, owner: str, id: str, *, param: str = "id") -> Record:
         """ApiError 404 for an id that the owner does not have."""
@@ -157,10 +168,12 @@ class Conversations:
             raise ApiError.of(error, 404, param=param, code="state_not_found") from None
 
     def page(self, owner: str, *, limit: int, after: str | None, session: str | None) -> StateList:
-        """The owner's states, the newest first; those behind `after`, those of a session."""
-        records = self.store.list(owner)
-        if session is not None:
-            records = [record for record in records if _note(record).session == session]
+        """The owner's states, the newest first; those behind `after`, that of a session."""
+        if session is None:
+            records = self.store.list(owner)
+        else:
+            newest = self.store.newest(owner, session)
+            records = [] if newest is None else [newest]
         if after is not None:
             places = [place for place, record in enumerate(records) if record.id == after]
             if not places:
@@ -185,11 +198,11 @@ class Conversations:
         }
 
     def detail(self, record: Record) -> StateDetail:
-        said = _note(record).messages
+        note = _note(record)
         messages: list[StoredMessage] | None = None
-        if said is not None:
-            messages = [{"role": message.role, "content": message.content} for message in said]
-        return {**self.show(record), "messages": messages}
+        if note.messages is not None:
+            messages = [{"role": each.role, "content": each.content, "end": each.end} for each in note.messages]
+        return {**self.show(record), "messages": messages, "before": note.before}
 
     def fork(self, owner: str, id: str, *, title: str | None) -> State:
         note = _note(self.record(owner, id)).model_copy(update={"session": None, **({"title": title} if title else {})})

@@ -59,7 +59,7 @@ class Engine:
         self.weights = self.origin.fingerprint()
         self._cache = PrefixCache(self.origin, tokenizer, folder=cache, disk=disk)
         memory = _free_memory(decoder.device) // 2 if memory is None else memory
-        self._rounds = Rounds(decoder, tokenizer, self.origin, cache=self._cache, memory=memory)
+        self._rounds = Rounds(decoder, tokenizer, self.origin, cache=self._cache, memory=memory, news=self._news)
         self._queue = queue
         self._changed = threading.Condition()  # guards the rest
         self._arrived: list[Job] = []
@@ -78,7 +78,7 @@ class Engine:
             if waiting >= self._queue:
                 raise Full(f"engine: {waiting} requests are waiting already; try again later")
             self._arrived.append(job)
-            self._rounds.hurry(job)
+            self._rounds.hurry(len(job.ids))
             self._changed.notify_all()
         return job.ticket
 
@@ -130,30 +130,35 @@ class Engine:
             self._rounds.hurry()
             self._changed.notify_all()
 
+    def _news(self) -> tuple[list[Job], set[Ticket]]:
+        """What came since this was called last; asked for by the thread."""
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+            cancelled, self._cancelled = self._cancelled, set()
+            if self._aborting:
+                cancelled = {job.ticket for job in (*arrived, *self._rounds.jobs)}
+            return arrived, cancelled
+
     def _work(self) -> None:
         """The thread."""
-        arrived: list[Job] = []
         try:
-            while True:
-                with self._changed:
-                    while not (self._arrived or self._rounds.jobs or self._closing):
-                        self._cancelled.clear()  # of requests that had ended
-                        self._changed.wait()
-                    self._rounds.calm()
-                    arrived, self._arrived = self._arrived, []
-                    cancelled, self._cancelled = self._cancelled, set()
-                    if self._aborting:
-                        cancelled = {job.ticket for job in (*arrived, *self._rounds.jobs)}
-                if not (arrived or self._rounds.jobs):
-                    return
-                self._rounds.round(arrived, cancelled)
+            while self._waited():
+                self._rounds.round()
         except Exception:  # noqa: BLE001  a fault of the engine itself; nobody must wait for ever
             _log.exception("the engine has stopped")
         with self._changed:
             self._closing = True
-            left = {*arrived, *self._arrived, *self._rounds.jobs}
+            left = {*self._arrived, *self._rounds.jobs}
         for job in left:
             job.ticket.end(error=RuntimeError("engine: it has stopped; start it again"))
+
+    def _waited(self) -> bool:
+        """Wait for something to do; False where nothing comes any more."""
+        with self._changed:
+            while not (self._arrived or self._rounds.jobs or self._closing):
+                self._cancelled.clear()  # of requests that had ended
+                self._changed.wait()
+            return bool(self._arrived or self._rounds.jobs)
 
 
 def _until_closed(ticket: Ticket) -> Iterator[Event]:

@@ -183,13 +183,13 @@ def _add_states(app: "FastAPI", service: Service) -> None:
         after: Annotated[str | None, Query(max_length=64)] = None,
         session: Annotated[str | None, Query(max_length=128)] = None,
     ) -> Any:
-        """Your states, the newest first; those behind the state `after`, those of a session."""
+        """Your states, the newest first; those behind the state `after`, the newest of a session."""
         owner = _call(request).owner
         return await asyncio.to_thread(store.page, owner, limit=limit, after=after, session=session)
 
     @app.get("/v1/states/{id}", **_gives(objects.StateDetail))
     async def state(request: Request, id: str) -> Any:
-        """One state, and the messages it has read."""
+        """One state, the messages it has read, and where they end."""
         return store.detail(await asyncio.to_thread(store.record, _call(request).owner, id))
 
     @app.post("/v1/states/{id}/fork", **_takes(schemas.ForkRequest), **_gives(objects.State))

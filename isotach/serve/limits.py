@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import secrets
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
@@ -298,12 +299,21 @@ def _hostname(host: str) -> str:
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
 
 
-def server(app: Any, *, limits: Limits) -> "uvicorn.Server":
-    """uvicorn for `app`: `run(sockets=[...])` until SIGTERM or SIGINT; requests have limits.drain seconds from then."""
+def server(app: Any, *, limits: Limits, started: Callable[[], object] = lambda: None) -> "uvicorn.Server":
+    """uvicorn for `app`: `run(sockets=[...])` until SIGTERM or SIGINT; requests have limits.drain seconds from then.
+
+    - started: called once connections are accepted.
+    """
     try:
         import uvicorn
     except ImportError:
         raise UserError("serve: needs uvicorn and fastapi; pip install 'isotach[serve]'") from None
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                started()
 
     config = uvicorn.Config(
         app,
@@ -316,7 +326,7 @@ def server(app: Any, *, limits: Limits) -> "uvicorn.Server":
         timeout_keep_alive=max(1, round(limits.idle)),
         timeout_graceful_shutdown=max(1, round(limits.drain)),
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def _connection(limits: Limits) -> type[asyncio.Protocol]:

@@ -44,10 +44,12 @@ class State(TypedDict):
 class StoredMessage(TypedDict):
     role: str
     content: str
+    end: int | None  # tokens of the state up to its end
 
 
 class StateDetail(State):
     messages: list[StoredMessage] | None
+    before: int | None  # tokens before the first message
 
 
 class StateList(TypedDict):

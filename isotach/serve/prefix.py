@@ -8,7 +8,7 @@ and from where on a state would have helped.
 
 In memory those unused for longest make room, and go to disk where there is a folder; there again the oldest are
 deleted. The folder holds nothing but files that are verified when they are read: its owner may be killed at any time,
-and anything in it be copied or deleted.
+and anything in it be copied or deleted. What is remembered beside the states is of bounded size: about 20 MB.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from isotach.data.tokenizer import Tokenizer
 from isotach.errors import UserError
 from isotach.files import check_writable
@@ -33,8 +35,9 @@ from isotach.models.state import Origin
 Miss = Literal["cold", "evicted", "no checkpoint"]
 
 STRIDE = 32  # every so many tokens it is noted that they were read: where prompts part is known so exactly
-MARKS = 1 << 20  # notes: of 32 million tokens, in about 150 MB
+MARKS = 1 << 20  # notes: of about 32 million tokens, in 8 MB
 GONE = 1 << 12  # dropped states of which it is remembered that they were there
+FILES = 1 << 14  # states on disk: 300 bytes of memory for each
 WRITING = 8  # one in so many bytes of memory is for states on their way to disk; others are dropped, not waited for
 
 _log = logging.getLogger("isotach.serve")
@@ -47,8 +50,11 @@ class Key(NamedTuple):
 
 
 class _Entry(NamedTuple):
+    """passing: who reads on from here keeps the state themselves."""
+
     past: Past
     size: int
+    passing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ class Found:
 
 
 class PrefixCache:
-    """One thread finds and puts; another, the cache's own, writes files. Sizes may be asked for from anywhere.
+    """Safe for threads; one of its own writes files.
 
     - folder: where states go that have no room in memory, up to `disk` bytes of files; None drops them.
 
@@ -78,10 +84,10 @@ class PrefixCache:
         self._origin, self._tokenizer, self._folder, self._disk_limit = origin, tokenizer, folder, disk
         self._limit = 0
         self._memory: OrderedDict[Key, _Entry] = OrderedDict()
-        self._files: OrderedDict[Path, int] = OrderedDict()  # bytes of each, of other models too, the oldest first
+        self._files: OrderedDict[str, int] = OrderedDict()  # bytes of each, of other models too, the oldest first
         self._gone: OrderedDict[Key, None] = OrderedDict()
         self._positions: defaultdict[str, Counter[int]] = defaultdict(Counter)  # of keys in any of these
-        self._marks: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._marks = np.full(MARKS, 0, np.int64)  # hashes, each in the place that its lowest bits say
         self._bytes = self._disk_bytes = self._writing_bytes = 0
         self._writing: dict[Key, _Entry] = {}
         self._lock = threading.RLock()
@@ -108,43 +114,55 @@ class PrefixCache:
 
     @limit.setter
     def limit(self, limit: int) -> None:
-        self._limit = limit
-        self._fit()
+        with self._lock:
+            self._limit = limit
+            self._fit()
+
+    def fetch(self, owner: str, path: Digests, *, last: int) -> None:
+        """Load from disk what `find` would give, so that it need not. For who has time: it may take a second."""
+        for key in self._keys(folder_of(owner), path, last):
+            if self._take(key) is not None:
+                return
 
     def find(self, owner: str, path: Digests, *, last: int) -> Found:
         """What the tokens of `path` can go on from, after at most `last` of them."""
         owner, past, evicted = folder_of(owner), None, False
-        positions = self._positions.get(owner, ())
-        for position in sorted((p for p in positions if path.start < p <= last), reverse=True):
-            key = Key(owner, position, path.at(position))
+        for key in self._keys(owner, path, last):
             past = self._take(key)
             if past is not None:
                 break
             evicted = evicted or key in self._gone
         reached = path.start if past is None else past.chain.length
-        known = next((p for p in _strides(reached, last) if (owner, path.at(p)) in self._marks), None)
+        known = next((p for p in _strides(reached, last) if self._noted(owner, path.at(p))), None)
         if evicted:
             return Found(past, "evicted", known)
         if known is not None:
             return Found(past, "no checkpoint", known)
         return Found(past, "cold" if past is None else None, None)
 
-    def put(self, owner: str, past: Past) -> None:
-        """Keep the state after the tokens of past.chain; the unread token is no part of it."""
-        key = Key(folder_of(owner), past.chain.length, past.chain.digest)
-        if key in self._memory:
-            self._memory.move_to_end(key)
-            return
-        state = past.state
+    def put(self, owner: str, past: Past, *, passing: bool = False, instead_of: TokenChain | None = None) -> None:
+        """Keep the state after the tokens of past.chain; the unread token is no part of it.
+
+        - passing: its request keeps it too, and may read on; instead_of: a passing state, now passed.
+        """
+        owner, state = folder_of(owner), past.state
+        key = Key(owner, past.chain.length, past.chain.digest)
+        with self._lock:
+            if instead_of is not None:
+                self._drop_passed(Key(owner, instead_of.length, instead_of.digest))
+            if key in self._memory:
+                self._memory.move_to_end(key)
+                return
         if state is None or not past.chain.length:
             return
         if self._writer is not None or state.nbytes() <= self._limit:  # else it would be copied for nothing
-            self._insert(key, Past(state.compact(), past.chain, None))
+            self._insert(key, Past(state.compact(), past.chain, None), passing=passing)
 
     def mark(self, owner: str, path: Digests, *, start: int, stop: int) -> None:
         """Note that the tokens of `path` from `start` to `stop` were read."""
-        for position in reversed(_strides(start, stop)):
-            self._note(folder_of(owner), path.at(position))
+        owner = folder_of(owner)
+        for position in _strides(start, stop):
+            self._note(owner, path.at(position))
 
     def note(self, owner: str, chain: TokenChain) -> None:
         """Note that the last token of a chain was read; called for every one, it notes some."""
@@ -152,10 +170,13 @@ class PrefixCache:
             self._note(folder_of(owner), chain.digest)
 
     def _note(self, owner: str, digest: bytes) -> None:
-        self._marks[owner, digest] = None
-        self._marks.move_to_end((owner, digest))
-        if len(self._marks) > MARKS:
-            self._marks.popitem(last=False)
+        mark = hash((owner, digest))
+        self._marks[mark % MARKS] = mark
+
+    def _noted(self, owner: str, digest: bytes) -> bool:
+        """Wrong once in 2^44 for what never was, and where another note has the same place."""
+        mark = hash((owner, digest))
+        return bool(self._marks[mark % MARKS] == mark)
 
     def close(self) -> None:
         """Put all states on disk, the oldest left out where they would not fit, and wait until they are there."""
@@ -164,9 +185,9 @@ class PrefixCache:
         chosen, room = [], self._disk_limit
         for key, entry in reversed(self._memory.items()):
             room -= entry.size
-            if room >= 0 and self._file(key) not in self._files and key not in self._writing:
+            if room >= 0 and self._name(key) not in self._files and key not in self._writing:
                 chosen.append((key, entry))
-        for key, entry in reversed(chosen):
+        for key, entry in reversed(chosen[:FILES]):
             self._write(key, entry)
         self._queue.put(None)
         self._writer.join()
@@ -174,10 +195,18 @@ class PrefixCache:
 
     # ---- in memory
 
-    def _insert(self, key: Key, past: Past) -> None:
-        assert past.state is not None
-        entry = _Entry(past, past.state.nbytes() + past.chain.seen.nbytes)
+    def _keys(self, owner: str, path: Digests, last: int) -> list[Key]:
+        """Of all states that may be there, or have been; the furthest along first."""
         with self._lock:
+            positions = [p for p in self._positions.get(owner, ()) if path.start < p <= last]
+        return [Key(owner, position, path.at(position)) for position in sorted(positions, reverse=True)]
+
+    def _insert(self, key: Key, past: Past, *, passing: bool = False) -> None:
+        assert past.state is not None
+        entry = _Entry(past, past.state.nbytes() + past.chain.seen.nbytes, passing)
+        with self._lock:
+            if key in self._memory:  # two have loaded it at the same time
+                return
             self._forget(key)
             if entry.size > self._room:
                 self._spill(key, entry)
@@ -185,7 +214,12 @@ class PrefixCache:
             self._memory[key] = entry
             self._positions[key.owner][key.position] += 1
             self._bytes += entry.size
-        self._fit()
+            self._fit()
+
+    def _drop_passed(self, key: Key) -> None:
+        if key in self._memory and self._memory[key].passing:
+            self._bytes -= self._memory.pop(key).size
+            self._uncount(key)
 
     @property
     def _room(self) -> int:
@@ -194,16 +228,15 @@ class PrefixCache:
 
     def _fit(self) -> None:
         """Drop those unused for longest, until the others have room."""
-        with self._lock:
-            while self._bytes > self._room:
-                key, entry = self._memory.popitem(last=False)
-                self._uncount(key)
-                self._bytes -= entry.size
-                self._spill(key, entry)
+        while self._bytes > self._room:
+            key, entry = self._memory.popitem(last=False)
+            self._uncount(key)
+            self._bytes -= entry.size
+            self._spill(key, entry)
 
     def _spill(self, key: Key, entry: _Entry) -> None:
         """To disk, if there is one and it keeps up."""
-        if self._file(key) in self._files or key in self._writing:
+        if self._name(key) in self._files or key in self._writing:
             return
         if self._writer is None or (self._writing and self._writing_bytes + entry.size > self._limit // WRITING):
             self._lose(key)
@@ -212,27 +245,32 @@ class PrefixCache:
 
     def _take(self, key: Key) -> Past | None:
         with self._lock:
-            if key in self._memory:
-                self._memory.move_to_end(key)
-            entry, file = self._memory.get(key) or self._writing.get(key), self._file(key)
+            name, entry = self._name(key), self._memory.get(key)
             if entry is not None:
+                self._memory[key] = entry._replace(passing=False)  # somebody else goes on from it
+                self._memory.move_to_end(key)
                 return entry.past
-            if file not in self._files:
+            if key in self._writing:
+                return self._writing[key].past
+            if name not in self._files:
                 return None
+        file = self._path(name)
         try:
             past = Snapshot.load(file, self._origin, self._tokenizer).past
             if (past.chain.length, past.chain.digest) != key[1:]:
                 raise UserError(f"state {file}: expected the tokens of its name, got others; delete it")
         except UserError as error:
-            _log.warning("dropped from the cache: %s", error)
             with self._lock:
-                self._delete(file)
-                self._lose(key)
+                if name in self._files:  # otherwise it was deleted to make room
+                    _log.warning("dropped from the cache: %s", error)
+                    self._delete(name)
+                    self._lose(key)
             return None
         with contextlib.suppress(OSError):
             os.utime(file)  # the order of use outlives the process
         with self._lock:
-            self._files.move_to_end(file)
+            if name in self._files:
+                self._files.move_to_end(name)
         self._insert(key, past)
         return past
 
@@ -269,39 +307,45 @@ class PrefixCache:
                 elif file.suffix == ".tmp" and time.time() - status.st_mtime > 3600:
                     file.unlink()  # of a process that was killed while it wrote
         for _, file, size in sorted(found):
-            self._files[file] = size
+            name = f"{file.parent.parent.name}/{file.parent.name}/{file.stem}"
+            self._files[name] = size
             self._disk_bytes += size
-            if (key := self._key(file)) is not None:
+            if (key := self._key(name)) is not None:
                 self._positions[key.owner][key.position] += 1
         self._shrink()
         self._writer = threading.Thread(target=self._write_all, name="isotach-cache", daemon=True)
         self._writer.start()
 
-    def _file(self, key: Key) -> Path:
-        folder = self._folder or Path()
-        return folder / self._origin.fingerprint()[:16] / key.owner / f"{key.position}-{key.digest.hex()}.safetensors"
+    def _name(self, key: Key) -> str:
+        """Of a file, without the folder of all and what every name ends in: there are many in memory."""
+        return f"{self._origin.fingerprint()[:16]}/{key.owner}/{key.position}-{key.digest.hex()}"
 
-    def _key(self, file: Path) -> Key | None:
+    def _path(self, name: str) -> Path:
+        return (self._folder or Path()) / f"{name}.safetensors"
+
+    def _key(self, name: str) -> Key | None:
         """The key of a file, None where it is not of this model."""
-        position, _, digest = file.stem.partition("-")
+        _, owner, rest = name.split("/")
+        position, _, digest = rest.partition("-")
         try:
-            key = Key(file.parent.name, int(position), bytes.fromhex(digest))
+            key = Key(owner, int(position), bytes.fromhex(digest))
         except ValueError:
             return None
-        return key if self._file(key) == file else None
+        return key if self._name(key) == name else None
 
-    def _write(self, key: Key, entry: "_Entry") -> None:
+    def _write(self, key: Key, entry: _Entry) -> None:
         with self._lock:
             self._writing[key] = entry
             self._writing_bytes += entry.size
             self._positions[key.owner][key.position] += 1
-        self._queue.put(key)
+            self._queue.put(key)
 
     def _write_all(self) -> None:
         """The writer's thread."""
         while (key := self._queue.get()) is not None:
-            entry, file, size = self._writing[key], self._file(key), 0
+            entry, name, size = self._writing[key], self._name(key), 0
             try:
+                file = self._path(name)
                 Snapshot.of(entry.past, weights=self._origin.fingerprint(), tokenizer=self._tokenizer).save(file)
                 size = file.stat().st_size
             except (UserError, OSError) as error:
@@ -310,7 +354,7 @@ class PrefixCache:
                 del self._writing[key]
                 self._writing_bytes -= entry.size
                 if size:
-                    self._files[file] = size  # its position stays counted
+                    self._files[name] = size  # its position stays counted
                     self._disk_bytes += size
                     self._shrink()
                 else:
@@ -318,18 +362,18 @@ class PrefixCache:
                     self._lose(key)
 
     def _shrink(self) -> None:
-        while self._disk_bytes > self._disk_limit:
-            file = next(iter(self._files))
-            self._delete(file)
-            key = self._key(file)
+        while self._disk_bytes > self._disk_limit or len(self._files) > FILES:
+            name = next(iter(self._files))
+            self._delete(name)
+            key = self._key(name)
             if key is not None and key not in self._memory:
                 self._lose(key)
 
-    def _delete(self, file: Path) -> None:
-        self._disk_bytes -= self._files.pop(file)
+    def _delete(self, name: str) -> None:
+        self._disk_bytes -= self._files.pop(name)
         with contextlib.suppress(OSError):
-            file.unlink()
-        if (key := self._key(file)) is not None:
+            self._path(name).unlink()
+        if (key := self._key(name)) is not None:
             self._uncount(key)
 
 

@@ -1,7 +1,8 @@
 """Answers in the words of OpenAI's API, whole or as a stream of events.
 
 A stream is `data: {json}` lines, ended by `data: [DONE]`; what goes wrong after it has begun is a last `data:
-{"error": …}`. While there is nothing to say, a comment keeps the connection from looking dead.
+{"error": …}`. Comments, which clients pass over, keep the connection from looking dead: while a long prompt is read,
+`: progress READ/TOTAL`.
 """
 
 import json
@@ -31,7 +32,7 @@ from isotach.serve.objects import (
     UsageReport,
 )
 from isotach.serve.schemas import ApiError
-from isotach.serve.writing import Choice, Group, Writing
+from isotach.serve.writing import Choice, Group, Progress, Writing
 
 LOWEST = -9999.0  # how OpenAI writes the logarithm of 0, which JSON has no number for
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -89,7 +90,7 @@ class Reply:
         """One JSON object."""
         events: dict[int, list[Event]] = {answer.index: [] for answer in self._writing.answers}
         async for item in self._writing.events():
-            if item is not None:
+            if isinstance(item, tuple):
                 events[item[0].index].append(item[1])
         choices = []
         for answer in self._writing.answers:
@@ -105,6 +106,9 @@ class Reply:
             async for item in self._writing.events():
                 if item is None:
                     yield KEEP_ALIVE
+                    continue
+                if isinstance(item, Progress):
+                    yield f": progress {item.read}/{item.total}\n\n".encode()
                     continue
                 answer, event = item
                 if (choice := self._form.delta(answer, event)) is not None:

@@ -1,8 +1,12 @@
 """What the engine's thread does, one round after another.
 
     let out who was cancelled; let in who fits (scheduler.admit)
-    write one token in every row (infer.batch.Batch)
     read one call's worth of the prompts that are let in (scheduler.plan, infer.batch.advance)
+    write one token in every row (infer.batch.Batch)
+
+A call that reads may take half a second, and nobody waits so long for a token. Between two of its operations it stands
+still while others have a round of their own: who came meanwhile and has less to read than it, and, half of the time,
+those who write. States are values, so nothing of the call is lost or in the way.
 
 What a request draws is a function of its tokens, its sampling and its seed, so neither its neighbours nor the order of
 things can be seen in it. Memory is reserved for the longest that a request may become before it is let in, so nobody
@@ -13,15 +17,16 @@ while it reads.
 
 import logging
 import math
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from isotach import shapes
 from isotach.data.tokenizer import Tokenizer
@@ -36,11 +41,15 @@ from isotach.infer.snapshot import Past, Snapshot
 from isotach.models.decoder import Decoder
 from isotach.models.state import DecoderState, Origin
 from isotach.serve.prefix import Miss, PrefixCache
-from isotach.serve.scheduler import ROWS, Demand, admit, plan
+from isotach.serve.scheduler import CALL, PATIENCE, ROWS, Demand, admit, pace, plan
 from isotach.serve.ticket import Request, Ticket
 
 COPIES = 3  # of what a row keeps of constant size: before a step, after it, and where its text was last shown
 HEAD = 64  # tokens whose logits are in memory at once when the prompt's log-probabilities are asked for
+DEPTH = 4  # calls that may stand still, one for the other, before no other begins
+CREDIT = 1.0  # seconds that newcomers may have beyond PATIENCE times what a request had that stands still for them
+
+News = Callable[[], tuple[Iterable["Job"], Set[Ticket]]]
 
 _log = logging.getLogger("isotach.serve")
 
@@ -80,6 +89,8 @@ class Job:
     - ids: what is to be read, the last of it as the first step; past: what comes before them.
     - path: the chain after each of them; need: bytes reserved.
     - cuts: positions whose state is kept, ascending; the last is where reading ends.
+    - most: tokens of it that may be read at once; stretch: seconds that nothing could interrupt when some last were.
+    - ahead: seconds that newcomers had while it stood still, beyond what it had since.
     - skipped: calls in a row that read nothing of it; scores: of the prompt, where they are asked for.
     - reading: while it reads.
     """
@@ -91,20 +102,47 @@ class Job:
     path: Digests
     need: int
     cuts: list[int] = field(default_factory=list)
+    most: int = CALL
+    stretch: float = 0.0
+    ahead: float = 0.0
     skipped: int = 0
     scores: list[Drawn] = field(default_factory=list)
     reading: Reading | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call that reads, while it is made.
+
+    - looked: when somebody last could have had a turn; stretch: the longest time in which nobody could, in seconds.
+    - ahead: as its requests have it.
+    """
+
+    slices: Sequence[tuple[Job, int]]
+    tokens: int
+    looked: float
+    stretch: float = 0.0
+    ahead: float = 0.0
 
 
 class Rounds:
     """Everything that a model is doing at once. Only `job`, `hurry`, `waiting` and `stats` are for other threads.
 
     - memory: bytes for the states of requests and of the cache together.
+    - news: takes what came since it was last called: requests, and tickets that were cancelled.
     """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, origin: Origin, *, cache: PrefixCache, memory: int
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        origin: Origin,
+        *,
+        cache: PrefixCache,
+        memory: int,
+        news: News,
     ) -> None:
+        self._news = news
         self._decoder, self._tokenizer, self._cache, self._memory = decoder, tokenizer, cache, memory
         self._weights, self._initial = origin.fingerprint(), decoder.initial()
         self._empty = TokenChain.empty(tokenizer.vocab_size)
@@ -113,8 +151,11 @@ class Rounds:
         self._readings: list[Job] = []
         self._rows: dict[Row, Job] = {}
         self._batch = Batch(decoder, tokenizer)
-        self._reserved, self._owed = 0, 0.0
-        self._call, self._hurried = 0, False  # tokens of the call that may be broken off; whether it should be
+        self._reserved = 0
+        self._leaving: set[Ticket] = set()  # cancelled, and not yet let out
+        self._calls: list[Call] = []  # under way; all but the last stand still
+        self._shortest = math.inf  # of the requests that there are news of
+        self._wrote, self._step, self._fastest = 0.0, 0.0, math.inf  # when the last step ended, how long steps take
         self._counts: Counter[str] = Counter()
         self._misses: Counter[Miss] = Counter()
         self._finished: Counter[str] = Counter()
@@ -151,17 +192,13 @@ class Rounds:
         first = len(ids) - len(tokens) + before
         ticket = Ticket(sampling, prompt_tokens=past.tokens + len(tokens), cancel=cancel)
         path = Digests(ids, start=before, digest=past.chain.digest)
+        if request.prompt_logprobs is None:
+            self._cache.fetch(request.owner, path, last=before + len(ids) - 1)  # here it keeps nobody else waiting
         return Job(request, ticket, ids, past, path, need, sorted({first + at for at in request.checkpoints}))
 
-    def hurry(self, job: Job | None = None) -> None:
-        """Break off a long call, or the next one: for a shorter request that came, or to let somebody out."""
-        shorter = job is None or not self._call or len(job.ids) < self._call
-        fits = job is None or job.need <= self._memory - self._reserved
-        self._hurried = self._hurried or (shorter and fits)
-
-    def calm(self) -> None:
-        """Everybody who was in a hurry is handed to the next round."""
-        self._hurried = False
+    def hurry(self, tokens: int = 0) -> None:
+        """There are news: of a request of so many tokens, or else."""
+        self._shortest = min(self._shortest, tokens)
 
     @property
     def waiting(self) -> int:
@@ -194,28 +231,42 @@ class Rounds:
         """All that are not done."""
         return [*self._waiting, *self._readings, *self._rows.values()]
 
-    def round(self, arrived: Iterable[Job] = (), cancelled: Set[Ticket] = frozenset()) -> None:
-        """Let out and in, one step that writes, one call that reads."""
-        self._waiting.extend(arrived)
-        if cancelled:
-            self._let_out(cancelled)
-        self._let_in()
+    def round(self) -> None:
+        """Let out and in, one call that reads, one step that writes."""
+        self._meet()
+        self._read(self._readings, room=CALL)
         self._write()
-        self._read()
 
-    def _let_out(self, cancelled: Set[Ticket]) -> None:
-        for job in [job for job in self._waiting if job.ticket in cancelled]:
+    def _meet(self) -> None:
+        """Let out and in."""
+        self._shortest = math.inf
+        arrived, cancelled = self._news()
+        self._waiting.extend(arrived)
+        self._leaving |= cancelled
+        if self._leaving:
+            self._let_out()
+        self._let_in()
+
+    def _let_out(self) -> None:
+        """But for those in a call that is under way; they are let out when it is over."""
+        busy = self._under_way
+        for job in [job for job in self._waiting if job.ticket in self._leaving]:
             self._waiting.remove(job)
             self._finished["cancelled"] += 1
             job.ticket.end()
-        for job in [job for job in self._readings if job.ticket in cancelled]:
+        for job in [job for job in self._readings if job.ticket in self._leaving and job not in busy]:
             assert job.reading is not None
             self._readings.remove(job)
             self._keep(job, job.reading.past)
             self._end(job, "cancelled")
-        for row, job in [(row, job) for row, job in self._rows.items() if job.ticket in cancelled]:
+        for row, job in [(row, job) for row, job in self._rows.items() if job.ticket in self._leaving]:
             del self._rows[row]
             self._end(job, "cancelled", past=self._batch.leave(row))
+        self._leaving &= {job.ticket for job in busy}
+
+    @property
+    def _under_way(self) -> set[Job]:
+        return {job for call in self._calls for job, _ in call.slices}
 
     def _let_in(self) -> None:
         needs = [job.need for job in self._waiting]
@@ -259,30 +310,29 @@ class Rounds:
         if not job.reading.left:
             self._has_read(job)
 
-    def _read(self) -> None:
-        """One call's worth of the prompts."""
-        demands, writing = [], bool(self._rows)
-        for job in self._readings:
+    def _read(self, jobs: Iterable[Job], *, room: int) -> bool:
+        """One call of at most `room` tokens, out of what these have to read; whether there was anything."""
+        busy = self._under_way
+        jobs = [job for job in jobs if job.reading and job not in busy and job.ticket not in self._leaving]
+        demands = []
+        for job in jobs:
             assert job.reading is not None
-            demands.append(Demand(job.reading.left, job.cuts[0] - job.reading.chain.length, job.skipped))
-        planned = plan(demands, writing=writing, owed=self._owed)
-        slices = [(self._readings[index], count) for index, count in planned]
-        if not slices:
-            return
-        for job in self._readings:
+            piece = min(job.cuts[0] - job.reading.chain.length, job.most)
+            demands.append(Demand(job.reading.left, piece, job.skipped))
             job.skipped += 1
-        began = time.perf_counter()
-        self._advance(slices, breakable=not writing and not self._grows)
-        self._owed = self._owed + time.perf_counter() - began if writing else 0.0
+        slices = [(jobs[index], count) for index, count in plan(demands, room=room)]
+        if slices:
+            self._advance(slices)
+        return bool(slices)
 
-    def _advance(self, slices: Sequence[tuple[Job, int]], *, breakable: bool = False) -> None:
+    def _advance(self, slices: Sequence[tuple[Job, int]]) -> None:
         """Read so many tokens of each; who makes the call fail fails alone."""
         if len(slices) == 1:
             with self._alone(slices[0][0]):
-                self._has_advanced(*slices[0], *self._outputs(slices, breakable=breakable))
+                self._has_advanced(*slices[0], *self._outputs(slices))
             return
         try:
-            outputs = self._outputs(slices, breakable=breakable)
+            outputs = self._outputs(slices)
         except _Broken:
             return
         except Exception:  # noqa: BLE001  whose fault it is shows when they are read one by one
@@ -293,9 +343,52 @@ class Rounds:
             with self._alone(job):
                 self._has_advanced(job, count, hidden)
 
-    def _outputs(self, slices: Sequence[tuple[Job, int]], *, breakable: bool) -> list[Float[Tensor, "T D"]]:
-        with self._breakable(sum(count for _, count in slices) if breakable else 0):
-            return advance(self._decoder, [(job.reading, count) for job, count in slices if job.reading])
+    def _outputs(self, slices: Sequence[tuple[Job, int]]) -> list[Float[Tensor, "T D"]]:
+        tokens, ahead = sum(count for _, count in slices), max(job.ahead for job, _ in slices)
+        call = Call(slices, tokens, time.perf_counter(), ahead=ahead)
+        self._calls.append(call)
+        try:
+            with _Between(self._look):
+                outputs = advance(self._decoder, [(job.reading, count) for job, count in slices if job.reading])
+        finally:
+            self._calls.pop()
+            for job, _ in slices:
+                job.ahead = call.ahead
+        call.stretch = max(call.stretch, time.perf_counter() - call.looked)
+        for job, _ in slices:  # the shorter of two: a pause of this thread is not the operation's fault
+            job.most = pace(job.most, stretch=min(job.stretch, call.stretch), step=self._fastest)
+            job.stretch = call.stretch
+        return outputs
+
+    # ---- while a call stands still
+
+    def _look(self) -> None:
+        """Between two operations of a call."""
+        call, now = self._calls[-1], time.perf_counter()
+        call.stretch = max(call.stretch, now - call.looked)
+        call.ahead = max(0.0, call.ahead - PATIENCE * (now - call.looked))
+        writing = bool(self._rows) and now - self._wrote >= self._step  # has as much time as reading
+        if writing or (self._shortest < call.tokens and call.ahead < CREDIT):
+            self._stand_still(call, now, writing=writing)
+            now = time.perf_counter()
+        call.looked = now
+
+    def _stand_still(self, call: Call, since: float, *, writing: bool) -> None:
+        """A round of those who may not wait for the end of a call.
+
+        Raises _Broken where nobody waits for the end of the call either. A call of several ends for all or none: one
+        that was broken off may have written behind the state that it had been given, which would be copied for it.
+        """
+        self._meet()
+        if all(job.ticket in self._leaving for job, _ in call.slices):
+            raise _Broken
+        if call.ahead < CREDIT and len(self._calls) < DEPTH:
+            short = [job for job in self._readings if job.reading and job.reading.left < call.tokens]
+            while self._read(short, room=call.tokens):
+                pass
+        until = time.perf_counter()
+        self._write()
+        call.ahead += (until if writing else time.perf_counter()) - since
 
     @contextmanager
     def _alone(self, job: Job) -> Iterator[None]:
@@ -309,31 +402,9 @@ class Rounds:
                 self._readings.remove(job)
             self._fail(job, error)
 
-    @contextmanager
-    def _breakable(self, tokens: int) -> Iterator[None]:
-        """Inside, a call of so many tokens ends between two layers when somebody is in a hurry; 0 for never.
-
-        States are values: a call that is broken off has done nothing.
-        """
-
-        own = threading.current_thread()  # others may use the same decoder
-
-        def check(*_: object) -> None:
-            if self._hurried and threading.current_thread() is own:
-                raise _Broken
-
-        handles = [block.register_forward_pre_hook(check) for block in self._decoder.blocks] if tokens else []
-        self._call = tokens
-        try:
-            yield
-        finally:
-            self._call = 0
-            for handle in handles:
-                handle.remove()
-
     def _has_advanced(self, job: Job, count: int, hidden: Float[Tensor, "T D"]) -> None:
         assert job.reading is not None
-        job.skipped = 0
+        job.skipped, job.ticket.read = 0, job.reading.chain.length
         self._counts["read"] += count
         if job.request.prompt_logprobs is not None:
             following = job.reading.ids[job.reading.done - count + 1 : job.reading.done + 1]
@@ -379,7 +450,9 @@ class Rounds:
             for job in jobs:
                 self._fail(job, error)
             return
-        self._owed = max(0.0, self._owed - (time.perf_counter() - began))
+        self._wrote = time.perf_counter()
+        self._step = self._wrote - began
+        self._fastest = min(self._fastest, self._step)
         for row, outcome, past in outcomes:
             job = self._rows[row]
             if isinstance(outcome, Exception):
@@ -395,8 +468,13 @@ class Rounds:
             job.ticket.put(outcome)
 
     def _keep(self, job: Job, past: Past) -> None:
-        if job.request.prompt_logprobs is None:
-            self._cache.put(job.request.owner, past)
+        """For later requests; of a text that is read piece by piece only the last end: its reader has the others."""
+        request = job.request
+        if request.prompt_logprobs is not None:
+            return
+        passing = request.sampling is None and past.chain.length == job.path.start + len(job.ids) - 1
+        before = job.past.chain if passing and request.state is not None else None
+        self._cache.put(request.owner, past, passing=passing, instead_of=before)
 
     def _end(
         self,
@@ -426,7 +504,19 @@ class Rounds:
 
 
 class _Broken(Exception):
-    """The call was broken off."""
+    """The call was broken off: states are values, so it has done nothing."""
+
+
+class _Between(TorchFunctionMode):
+    """Inside, `look` is called before every operation of this thread, but for those that it makes itself."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__()
+        self._look = look
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._look()
+        return func(*args, **(kwargs or {}))
 
 
 def _footprint(decoder: Decoder, template: DecoderState) -> Callable[[int], int]:

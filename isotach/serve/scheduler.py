@@ -1,15 +1,11 @@
-"""Who is let in, and who reads how much in the next round: pure functions of numbers.
+"""Who is let in, and who reads how much in the next call: pure functions of numbers.
 
-A round writes one token in every row, and then reads one call's worth of tokens. Three things pull at the size of the
-call. Large ones read fastest. While others write, their next token waits for it. And whoever arrives meanwhile waits
-for it too, unless it is broken off.
+A turn reads one call's worth of tokens, and then writes one token in every row. Large calls read fastest, and are no
+slower for anybody else: between two operations of a call, whoever may not wait for its end has a turn of their own
+(serve.rounds). So a call is as large as reads fast, unless one of its operations alone would take too long (`pace`).
 
-    nobody writes      up to ALONE tokens; a call may be broken off between two layers when somebody arrives
-    somebody writes    up to SHARED tokens, and then none until writing has had as much time as reading took
-
-Who has the least left goes first, and a longer one joins it only where both can be read to the end: a short request
-waits for a long one no longer than the layer in progress takes, and for those who write no longer than a step. So that
-a long one is never starved by ever new short ones, whoever got nothing in PATIENCE calls gets half of the next.
+Who has the least left goes first, and a longer one joins it only where both can be read to the end. So that a long one
+is never starved by ever new short ones, whoever got nothing in PATIENCE calls gets half of the next.
 """
 
 from collections.abc import Sequence
@@ -17,8 +13,8 @@ from dataclasses import dataclass
 
 # On one CPU thread tnl-44m reads 950 tokens a second in calls of 1024, 900 of 512, 650 of 128, 580 of 64; tnl-1m reads
 # 23, 20, 11 and 9 thousand.
-ALONE = 512
-SHARED = 128
+CALL = 512  # tokens of a call at most
+LEAST = 32  # tokens of a call, however long its operations take
 PATIENCE = 3
 ROWS = 256  # a step of more is bound by arithmetic already: they would only slow each other down
 
@@ -27,36 +23,44 @@ ROWS = 256  # a step of more is bound by arithmetic already: they would only slo
 class Demand:
     """What one request still has to read.
 
-    - left: tokens in all; piece: up to the next place where its state is to be kept, at most `left`.
+    - left: tokens in all; piece: how many may be read at once, at most `left`.
     - skipped: calls in a row in which it got nothing.
     """
 
     left: int
     piece: int
-    skipped: int
+    skipped: int = 0
 
 
-def plan(demands: Sequence[Demand], *, writing: bool, owed: float = 0.0) -> list[tuple[int, int]]:
-    """The next call: (index of the demand, tokens), each index once; empty where nothing is to be read now.
-
-    - writing: whether anybody does; owed: seconds that reading has had more than writing since anybody did.
-    """
-    budget = room = SHARED if writing else ALONE
+def plan(demands: Sequence[Demand], *, room: int = CALL) -> list[tuple[int, int]]:
+    """The next call, of at most `room` tokens: (index of the demand, tokens), each index once."""
     slices: dict[int, int] = {}
     late = max(range(len(demands)), key=lambda i: demands[i].skipped, default=None)
     if late is not None and demands[late].skipped >= PATIENCE:
-        slices[late] = min(demands[late].piece, budget // 2)
+        slices[late] = min(demands[late].piece, max(1, room // 2))
         room -= slices[late]
     first = True
     for i in sorted(range(len(demands)), key=lambda i: demands[i].left):
         if i in slices:
             continue
-        count, short = min(demands[i].piece, room), demands[i].left <= budget
-        if count == 0 or (not first and count < demands[i].left) or (writing and owed > 0 and not short):
+        count = min(demands[i].piece, room)
+        if count == 0 or (not first and count < demands[i].left):
             break
         slices[i] = count
         room, first = room - count, False
     return list(slices.items())
+
+
+def pace(tokens: int, *, stretch: float, step: float) -> int:
+    """How many tokens the next call of a request should have, after one of `tokens`.
+
+    - stretch: seconds that its longest operation took, which nothing can interrupt; step: that a step takes alone.
+
+    Attention over all that was read takes longer the more that is; half a step is what everybody else can wait for.
+    """
+    if stretch > step / 2:
+        return max(LEAST, tokens // 2)
+    return min(CALL, 2 * tokens) if stretch < step / 4 else tokens
 
 
 def admit(needs: Sequence[int], *, free: int, rows: int) -> int:

@@ -5,8 +5,8 @@ is a field left out.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -98,7 +98,9 @@ def parse(cls: type[B], raw: bytes) -> B:
     try:
         return cls.model_validate_json(raw)
     except ValidationError as error:
-        raise _refusal(cls, error.errors(include_url=False)[0]) from None
+        faults = error.errors(include_url=False)
+        unknown = (fault for fault in faults if fault["type"] == "extra_forbidden")
+        raise _refusal(cls, next(unknown, faults[0])) from None  # a mistyped name is not told as one that is missing
 
 
 def _refusal(cls: type[Body], fault: Any) -> ApiError:
@@ -119,7 +121,7 @@ def _refusal(cls: type[Body], fault: Any) -> ApiError:
         hint = REFUSED.get(name) if len(path) == 1 else None
         if hint is not None:
             return ApiError(400, f"{name}: not supported: {hint}", param=name, code="unsupported_parameter")
-        hint = nearest(name, cls.model_fields) if len(path) == 1 else "leave it out"
+        hint = nearest(name, _names(cls, fault["loc"][:-1]))
         return ApiError(400, f"{param}: unknown field; {hint}", param=param, code="unknown_parameter")
     if fault["type"] == "missing":
         return ApiError(400, f"{param}: required; add it", param=param, code="missing_required_parameter")
@@ -130,6 +132,26 @@ def _refusal(cls: type[Body], fault: Any) -> ApiError:
     got = ascii(fault["input"])
     got = got if len(got) <= 60 else f"{got[:59]}…"
     return ApiError(400, f"{param}: expected {expected}; got {got}", param=param, code="invalid_value")
+
+
+def _names(cls: type[Body], location: Iterable[str | int]) -> list[str]:
+    """The fields that an object at this place of a request may have."""
+    tables = {cls}
+    for part in location:
+        inside = {
+            table for each in tables if part in each.model_fields for table in _tables(each.model_fields[str(part)])
+        }
+        tables = inside or tables  # a place in a list, and of a union the member that was tried, lead nowhere new
+    return sorted({field.alias or name for table in tables for name, field in table.model_fields.items()})
+
+
+def _tables(annotated: Any) -> Iterator[type[Body]]:
+    """The kinds of objects in a field's annotation."""
+    annotation = getattr(annotated, "annotation", annotated)
+    if isinstance(annotation, type) and issubclass(annotation, Body):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _tables(inner)
 
 
 # ---- what is written
@@ -411,7 +433,9 @@ class StateRequest(Body):
 class ForkRequest(Body):
     """POST /v1/states/{id}/fork"""
 
-    messages: int | None = Field(None, ge=1, lt=2**31, description="how many of its first messages to keep")
+    messages: int | None = Field(
+        None, ge=0, lt=2**31, description="how many of its first messages to keep; 0: what was read before them"
+    )
     title: Title | None = None
 
 

@@ -216,9 +216,8 @@ class Service:
     async def fork(self, call: Call, id: str, body: ForkRequest) -> State:
         if body.messages is None:
             return await asyncio.to_thread(self.conversations.fork, call.owner, id, title=body.title)
-        tokens, told = await asyncio.to_thread(self.conversations.rewound, call.owner, id, body.messages)
-        basis = Basis(tokens=tokens[:0], parent=id)
-        ends = tuple(message.end for message in told if message.end is not None)
+        basis, tokens, told = await asyncio.to_thread(self.conversations.rewound, call.owner, id, body.messages)
+        ends = tuple(message.end for message in told or () if message.end is not None)
         request = Request(tokens.tolist(), checkpoints=ends, owner=call.owner)
         return await self._read(call, basis, request, told, title=body.title)
 

@@ -3,6 +3,7 @@
     FOLDER/model/owner/state_0123.../    state.safetensors   the snapshot, which verifies itself
                                          transcript.bin      its tokens, four bytes each, where they are known
                                          record.json         everything else
+    FOLDER/model/owner/session-89ab...   the id of the newest state of a session, under a digest of its name
 
 Such a folder is written under a hidden name, and gets its own when all of it is on disk: a state is whole or not there,
 whenever the process is killed. Nothing in it is ever changed, so forks may share files.
@@ -35,8 +36,7 @@ from isotach.models.state import Origin
 from isotach.serve.prefix import folder_of
 
 STATE, TRANSCRIPT, RECORD = "state.safetensors", "transcript.bin", "record.json"
-REMEMBERED = 1024  # records in memory
-SMALL = 1 << 16  # bytes of a record that is remembered
+REMEMBERED = 2 << 20  # bytes of records that are remembered, as they are on disk
 
 _log = logging.getLogger("isotach.serve")
 
@@ -74,7 +74,8 @@ class StateStore:
     def __init__(self, folder: Path, origin: Origin, tokenizer: Tokenizer) -> None:
         self._folder = folder / origin.fingerprint()[:16]
         self._origin, self._tokenizer = origin, tokenizer
-        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._records: OrderedDict[str, tuple[Record, int]] = OrderedDict()
+        self._remembered = 0
         self._lock = threading.Lock()
         check_writable(self._folder / "probe")
         for left in self._folder.glob("*/.state_*"):  # of a process that was killed
@@ -88,8 +89,12 @@ class StateStore:
         tokens: Sequence[int] | NDArray[np.integer[Any]] | None,
         *,
         note: Mapping[str, Any] | None = None,
+        session: str | None = None,
     ) -> Record:
-        """Keep a snapshot and the transcript of its tokens (the unread one last; None where it is not known)."""
+        """Keep a snapshot and the transcript of its tokens (the unread one last; None where it is not known).
+
+        It is then the newest of a session that is named.
+        """
         ids = None if tokens is None else np.asarray(tokens, "<u4")
         if ids is not None and (len(ids) != snapshot.tokens or snapshot.unread not in (None, *ids[-1:].tolist())):
             raise UserError(f"state: expected the {snapshot.tokens} tokens that it has read, got {len(ids)} others")
@@ -106,7 +111,21 @@ class StateStore:
                 "parent": None,
             }
 
-        return self._add(owner, fill, note)
+        record = self._add(owner, fill, note)
+        if session is not None:
+            write_atomically(self._of(owner) / _session(session), record.id.encode())
+        return record
+
+    def newest(self, owner: str, session: str) -> Record | None:
+        """The newest state of a session, None where there is none any more."""
+        try:
+            id = (self._of(owner) / _session(session)).read_text(encoding="ascii")
+        except FileNotFoundError:
+            return None
+        try:
+            return self._read(owner, id)
+        except UserError:  # it was deleted
+            return None
 
     def list(self, owner: str) -> list[Record]:
         """The owner's states, the newest first."""
@@ -114,8 +133,9 @@ class StateStore:
         for folder in self._of(owner).glob("state_*"):
             try:
                 records.append(self._read(owner, folder.name))
-            except UserError as error:  # damaged, or deleted meanwhile
-                _log.warning("left out of a list: %s", error)
+            except UserError as error:
+                if folder.exists():  # otherwise it was deleted meanwhile
+                    _log.warning("left out of a list: %s", error)
         return sorted(records, key=lambda record: (record.created, record.id), reverse=True)
 
     def get(self, owner: str, id: str) -> Record:
@@ -187,7 +207,7 @@ class StateStore:
         folder = self._of(owner) / self._read(owner, id).id
         gone = folder.with_name(f".{id}.gone")
         with self._lock:
-            self._records.pop(id, None)
+            self._forget(id)
             try:
                 folder.rename(gone)  # at once, whatever becomes of the rest
             except OSError:
@@ -220,9 +240,9 @@ class StateStore:
         with self._lock:
             known = self._records.get(id)
         if known is not None:
-            if known.owner != owner:
+            if known[0].owner != owner:
                 raise _unknown(id)
-            return known
+            return known[0]
         try:
             content = (self._of(owner) / id / RECORD).read_bytes()
         except OSError:
@@ -234,12 +254,22 @@ class StateStore:
             raise UserError(f"state {id}: expected a record, got a damaged one; use another copy") from None
         if (record.id, record.owner) != (id, owner):
             raise _unknown(id)
-        if len(content) <= SMALL:
-            with self._lock:
-                self._records[id] = record
-                if len(self._records) > REMEMBERED:
-                    self._records.popitem(last=False)
+        with self._lock:
+            self._forget(id)
+            self._records[id] = record, len(content)
+            self._remembered += len(content)
+            while self._remembered > REMEMBERED:
+                self._forget(next(iter(self._records)))
         return record
+
+    def _forget(self, id: str) -> None:
+        """The record in memory."""
+        if id in self._records:
+            self._remembered -= self._records.pop(id)[1]
+
+
+def _session(name: str) -> str:
+    return f"session-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
 def _has_read(snapshot: Snapshot, ids: Sequence[int]) -> bool:

@@ -71,12 +71,13 @@ class Ticket:
     RuntimeError where the engine failed it.
 
     - sampling: the request's, with the seed that is really used.
+    - read: how many of the prompt's tokens are read or skipped so far.
     - prompt: with prompt_logprobs, the request's tokens and what the model thought of each; complete before the first
       event. The first token of a text has nothing before it: its log-probability is None.
     """
 
     def __init__(self, sampling: Sampling | None, *, prompt_tokens: int, cancel: Callable[["Ticket"], None]) -> None:
-        self.sampling = sampling
+        self.sampling, self.read = sampling, 0
         self.prompt: tuple[Drawn, ...] = ()
         self._cancel = cancel
         self._events: deque[Event] = deque()
@@ -113,12 +114,14 @@ class Ticket:
         self._notify = notify
         while True:
             woken.clear()
-            done = self._done  # asked before the events, because none comes after it
-            while self._events:
-                yield self._events.popleft()
-            if done:
+            with self._changed:  # the last event and that it is the last are seen together
+                event, done = self._events.popleft() if self._events else None, self._done
+            if event is not None:
+                yield event
+            elif done:
                 break
-            await woken.wait()
+            else:
+                await woken.wait()
         if self._error is not None:
             raise self._error
 
@@ -152,6 +155,7 @@ class Ticket:
     def begun(self, *, cached: int, miss: Miss | None) -> None:
         """It is being read; `cached` tokens were skipped."""
         self._queued, self._cached, self._miss = time.monotonic() - self._submitted, cached, miss
+        self.read = cached
 
     def put(self, event: Event) -> None:
         """Hand out an event."""

@@ -17,8 +17,17 @@ from isotach.serve.objects import FinishReason, UsageReport
 from isotach.serve.schemas import ApiError
 
 RETRY = 5.0  # seconds after which a full engine may be asked again
+PROGRESS = 0.5  # seconds after which it is told how far a prompt is read
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How many tokens of the prompts are read or skipped, and how many there are."""
+
+    read: int
+    total: int
 
 
 @dataclass
@@ -97,26 +106,38 @@ class Writing:
             else:
                 group.ticket = await self._submit(request)
 
-    async def events(self) -> AsyncIterator[tuple[Choice, Event] | None]:
-        """Every token of every answer; None where there was nothing for `limits.keep_alive` seconds.
+    async def events(self) -> AsyncIterator[tuple[Choice, Event] | Progress | None]:
+        """Every token of every answer, and now and then how far the prompts are read; None where there was nothing for
+        `limits.keep_alive` seconds.
 
         Raises ApiError where the request takes too long or the server stops.
         """
         arrived: asyncio.Queue[tuple[Choice, Event] | BaseException | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._follow(group, arrived)) for group in self.groups]
         deadline, left = self._call.began + self._limits.timeout, len(tasks)
+        spoke, told = time.monotonic(), self.progress()
         try:
             while left:
-                wait = min(self._limits.keep_alive, deadline - time.monotonic())
+                now = time.monotonic()
+                wait = min(spoke + self._limits.keep_alive, deadline, now + PROGRESS if told else deadline) - now
                 try:
                     async with asyncio.timeout(wait):
                         item = await arrived.get()
                 except TimeoutError:
-                    if time.monotonic() >= deadline:
+                    now = time.monotonic()
+                    if now >= deadline:
                         message = f"timeout: expected an answer within {self._limits.timeout:g} seconds; ask for less"
                         raise ApiError(504, message, code="timeout") from None
-                    yield None
+                    progress = self.progress()
+                    if progress not in (None, told):
+                        yield progress
+                    elif now >= spoke + self._limits.keep_alive:
+                        yield None
+                    else:
+                        continue
+                    spoke, told = now, progress
                     continue
+                spoke = time.monotonic()
                 if item is None:
                     left -= 1
                 elif isinstance(item, BaseException):
@@ -128,6 +149,14 @@ class Writing:
             for task in tasks:
                 task.cancel()
             self._report()
+
+    def progress(self) -> Progress | None:
+        """None where nothing is left to read."""
+        tickets = [group.ticket for group in self.groups if group.ticket is not None]
+        total = [ticket.usage.prompt_tokens for ticket in tickets]
+        read = [ticket.read for ticket in tickets]
+        left = any(done < count - 1 for done, count in zip(read, total, strict=True))  # the last one is the first step
+        return Progress(sum(read), sum(total)) if left else None
 
     def usage(self) -> UsageReport:
         read = [group.ticket.usage for group in self.groups if group.ticket is not None]
@@ -169,16 +198,11 @@ class Writing:
             await finished(answer.ticket)
             answer.finish = "length"
             return
-        last: Event | None = None
         async for event in answer.ticket.stream():
             answer.take(event)
-            if event.finish is None:
-                arrived.put_nowait((answer, event))
-            else:
-                last = event  # told when the ticket is done: then its snapshot is there, which who is told may want
-        if last is None:
+            arrived.put_nowait((answer, event))
+        if answer.finish is None:
             raise _stopped()
-        arrived.put_nowait((answer, last))
 
     def _observe(self, answer: Choice, event: Event) -> None:
         now = time.monotonic()

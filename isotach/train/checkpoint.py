@@ -139,7 +139,12 @@ def verify(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: expected SHA-256 {sha256[:12]}…, got another: it was edited or damaged; {_REMEDY}"
             )
-    training: dict[str, Any] = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    try:
+        training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    except ValueError:
+        training = None
+    if not isinstance(training, dict):
+        raise UserError(f"{folder / TRAINING}: expected a JSON object, got something else; {_REMEDY}")
     return training
 
 

@@ -119,7 +119,7 @@ class Trainer:
         self.packer = Packer(
             self.text, seq_len=settings.seq_len, batch_tokens=settings.batch_tokens, seed=settings.seed
         )
-        self.valid_batches = _valid_batches(recipe, self.tokenizer)
+        self.valid_batches = valid_batches(recipe, self.tokenizer)
         self.decoder = Decoder(recipe.model, seed=settings.seed).to(self.device)
         self.shadow = copy.deepcopy(self.decoder).cpu()  # what the background writer reads
         self.decoder.recompute = settings.activation_checkpointing
@@ -364,7 +364,7 @@ def _placement(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
     return torch.device(kind), torch.bfloat16 if half else torch.float32
 
 
-def _valid_batches(recipe: Recipe, tokenizer: Tokenizer) -> list[Batch]:
+def valid_batches(recipe: Recipe, tokenizer: Tokenizer) -> list[Batch]:
     """The first `valid_tokens` targets of the validation text, in order; none when no text is set aside."""
     settings = recipe.train
     if recipe.data.valid is None and recipe.data.valid_fraction == 0:

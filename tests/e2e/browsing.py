@@ -24,6 +24,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SETTINGS = {"temperature": 0, "longest": 24}
 expect = playwright.expect
+expect.set_options(timeout=20_000)
 
 
 def writer() -> Decoder:

@@ -13,6 +13,7 @@ import httpx2 as httpx
 import torch
 
 from isotach.data.tokenizer import ByteTokenizer, Tokenizer
+from isotach.infer import batch
 from isotach.infer.batch import Batch
 from isotach.models.decoder import Decoder, ModelConfig
 from isotach.serve.chat import Template
@@ -98,6 +99,22 @@ def slowly(seconds: float) -> Iterator[None]:
         yield
     finally:
         Batch.step = step  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def reading_slowly(seconds: float) -> Iterator[None]:
+    """Every call that reads takes so long."""
+    read = batch.read_packed
+
+    def slow(*args: Any) -> Any:
+        time.sleep(seconds)
+        return read(*args)
+
+    batch.read_packed = slow  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        batch.read_packed = read  # type: ignore[assignment]
 
 
 def settled(engine: Engine, *, seconds: float = 10.0) -> bool:

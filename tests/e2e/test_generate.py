@@ -430,7 +430,7 @@ def test_bad_commands_are_refused_in_one_sentence(
     for arguments, reason in cases.items():
         assert reason in refused(capsys, "generate", run, *arguments)
     assert "found none" in refused(capsys, "generate", tmp_path / "nowhere", "-p", "a")
-    assert "{user}" in refused(capsys, "chat", run, "--template", "nobody")
+    assert "found no file" in refused(capsys, "chat", run, "--template", tmp_path / "none")
 
 
 def chat(

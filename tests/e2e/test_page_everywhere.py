@@ -33,7 +33,7 @@ from tests.e2e.browsing import (
     told,
     writer,
 )
-from tests.e2e.serving import KEYS, Served, serving
+from tests.e2e.serving import KEYS, Served, reading_slowly, serving
 
 # Contrast of every visible text with what is behind it (WCAG 2.2, 1.4.3), and of the edges of fields (1.4.11).
 CONTRAST = """() => {
@@ -215,6 +215,8 @@ def test_what_was_read_before_a_found_conversation_is_not_left_out(tmp_path: Pat
     """The page shows its messages only, and must not tell them afresh as if that were all."""
     with serving(tmp_path, decoder=writer()) as served:
         page = visit(served.url)
+        with served.client() as client:
+            before = client.post("/v1/states", json={"prompt": "What was read before."}).json()
         add_text(page, "before.txt", b"What was read before.")
         expect(page.locator("li.document")).to_contain_text("21 tokens")
         rest(page)
@@ -223,12 +225,69 @@ def test_what_was_read_before_a_found_conversation_is_not_left_out(tmp_path: Pat
         talk = [node["text"] for node in kept(page)[1:]]
         other = visit(served.url)
         other.locator("#elsewhere").get_by_role("button").first.click()
-        expect(other.locator("#messages > li")).to_have_count(4)
+        expect(other.locator("#messages > li")).to_have_count(5)
+        expect(other.locator("#title")).to_have_text("First")
         for place in (1, 0):  # at temperature 0 the same words, if the same was read
             press(other, "Again", "assistant", place)
             rest(other)
-            assert [node["text"] for node in kept(other)] == talk[: 2 * place + 2]
-        assert other.locator("li.user").first.get_by_role("button", name=re.compile("^Edit")).count() == 0
+            assert [node["text"] for node in kept(other)[1:]] == talk[: 2 * place + 2]
+        press(other, "Edit", "user", 0)
+        send(other, "Another first")
+        expect(other.locator("li.assistant")).to_have_count(1)
+        rest(other)
+        assert kept(other)[-1]["text"] == afresh(
+            served, [{"role": "user", "content": "Another first"}], state=before["id"]
+        )
+
+
+def test_the_first_message_of_an_imported_conversation_can_be_edited(
+    served: Served, visit: Visitor, tmp_path: Path
+) -> None:
+    page = visit(served.url)
+    ask(page, "First")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save", exact=True).click()
+    download.value.save_as(tmp_path / "saved.tar")
+    other = visit(served.url)
+    other.locator("#state-file").set_input_files(tmp_path / "saved.tar")
+    expect(other.locator("#messages > li")).to_have_count(2)
+    press(other, "Edit", "user", 0)
+    send(other, "Another first")
+    expect(other.locator("li.user")).to_contain_text("Another first")
+    rest(other)
+    assert messages(other)[-1]["content"] == afresh(served, messages(other)[:1])
+
+
+def test_two_tabs_lose_nothing_of_each_other(served: Served, visit: Visitor) -> None:
+    page = visit(served.url)
+    ask(page, "First")
+    tab = page.context.new_page()
+    tab.goto(served.url)
+    expect(tab.locator("#messages > li")).to_have_count(2)
+    ask(page, "Second, here")
+    ask(tab, "Second, there")
+    for one in (page, tab):
+        one.reload()
+        said = one.locator("li.user").nth(1)
+        expect(said.locator(".versions")).to_contain_text("of 2")
+        found = {said.locator(".text").text_content()}
+        said.get_by_role("button", name=re.compile("(Earlier|Later) version"), disabled=False).click()
+        expect(said.locator(".text")).not_to_have_text(found.copy().pop())
+        found.add(said.locator(".text").text_content())
+        assert found == {"Second, here", "Second, there"}
+    tab.locator("#conversations li").first.hover()
+    tab.get_by_role("button", name=re.compile("^Delete")).first.click()
+    tab.get_by_role("button", name=re.compile("^Really delete it")).click()
+    expect(page.locator("#messages > li")).to_have_count(0)  # and it does not come back
+
+
+def test_it_is_shown_how_far_a_long_message_is_read(served: Served, visit: Visitor) -> None:
+    page = visit(served.url)
+    with reading_slowly(0.25):
+        send(page, "long " * 1200)
+        expect(page.locator("li.assistant .text")).to_have_text(re.compile(r"^Reading, \d+ % of 6,0\d\d tokens$"))
+        rest(page)
+    assert messages(page)[-1]["content"] == afresh(served, messages(page)[:1])
 
 
 def test_a_server_with_keys_is_given_one(tmp_path: Path, visit: Visitor) -> None:
@@ -370,15 +429,17 @@ def test_events_are_the_same_however_the_stream_is_cut(served: Served, visit: Vi
     streams = [
         ': keep-alive\n\ndata: {"a": "ü\\n"}\n\ndata: one\ndata:two\n\nevent: x\ndata: [DONE]\n\n',
         "data: a\r\n\r\n: comment\r\n\r\ndata: b\r\n\r\ndata: cut off",
+        ": progress 512/9000\n\n: progress 9",
     ]
-    expected = [['{"a": "ü\\n"}', "one\ntwo", "[DONE]"], ["a", "b"]]
+    expected = [['{"a": "ü\\n"}', "one\ntwo", "[DONE]"], ["a", "b"], ["512 of 9000"]]
     read = """async ([stream, cuts]) => {
         const { parseEvents } = await import("/server.js");
         const all = [];
         let buffer = "";
         for (const [place, from] of cuts.entries()) {
-            const { events, rest } = parseEvents(buffer + stream.slice(from, cuts[place + 1]));
+            const { events, progress, rest } = parseEvents(buffer + stream.slice(from, cuts[place + 1]));
             all.push(...events);
+            if (progress) all.push(`${progress.read} of ${progress.total}`);
             buffer = rest;
         }
         return all;

@@ -15,7 +15,7 @@ from isotach.data.tokenizer import ByteTokenizer, train_bpe  # noqa: E402
 from isotach.infer.generate import Session  # noqa: E402
 from isotach.infer.sample import Sampling  # noqa: E402
 from isotach.serve import tools  # noqa: E402
-from tests.e2e.serving import KEYS, NAME, Served, model, serving  # noqa: E402
+from tests.e2e.serving import KEYS, NAME, Served, model, reading_slowly, serving  # noqa: E402
 
 BYTES = ByteTokenizer()
 TALK = [
@@ -413,6 +413,10 @@ def texts(answer: dict[str, Any]) -> list[str]:
     return [choice["message"]["content"] for choice in answer["choices"]]
 
 
+def heard(detail: dict[str, Any]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in detail["messages"]]
+
+
 def test_behind_a_state_an_answer_is_what_it_is_behind_the_messages(served: Served) -> None:
     asked = {"max_tokens": 15, "seed": 3, "logprobs": True}
     whole = post(served, "/v1/chat/completions", {"messages": TALK, **asked})
@@ -433,7 +437,7 @@ def test_an_answer_can_be_kept_and_gone_on_with(served: Served) -> None:
     state = first["choices"][0]["state"]
     assert state["title"] == "Hello, naïve world"
     detail = get(served, f"/v1/states/{state['id']}")
-    assert detail["messages"] == [*TALK[:2], first["choices"][0]["message"]]
+    assert heard(detail) == [*TALK[:2], first["choices"][0]["message"]]
     talk = [*TALK[:2], first["choices"][0]["message"], TALK[3]]
     asked = {"max_tokens": 9, "seed": 2, "store": True, "n": 2}
     stateless = post(served, "/v1/chat/completions", {"messages": talk, **asked})
@@ -441,7 +445,7 @@ def test_an_answer_can_be_kept_and_gone_on_with(served: Served) -> None:
     assert texts(stateless) == texts(continued)
     for choice in continued["choices"]:
         later = get(served, f"/v1/states/{choice['state']['id']}")
-        assert later["messages"] == [*talk, choice["message"]]
+        assert heard(later) == [*talk, choice["message"]]
         assert later["parent"] == state["id"]
 
 
@@ -460,7 +464,7 @@ def test_a_conversation_forks_and_rewinds(served: Served) -> None:
     assert (copy["parent"], copy["title"], copy["tokens"]) == (state["id"], "another way", state["tokens"])
     for count in range(1, 7):
         early = post(served, f"/v1/states/{state['id']}/fork", {"messages": count})
-        assert get(served, f"/v1/states/{early['id']}")["messages"] == talk[:count]
+        assert heard(get(served, f"/v1/states/{early['id']}")) == talk[:count]
         asked = {"max_tokens": 8, "seed": 7, "messages": [{"role": "user", "content": "Anew"}]}
         got = post(served, "/v1/chat/completions", {**asked, "state": early["id"]})
         expected = post(served, "/v1/chat/completions", {**asked, "messages": [*talk[:count], *asked["messages"]]})
@@ -470,6 +474,64 @@ def test_a_conversation_forks_and_rewinds(served: Served) -> None:
     again = post(served, "/v1/chat/completions", {"messages": [], "state": before["id"], "max_tokens": 8, "seed": 2})
     assert texts(again) == [talk[5]["content"]]
     assert refused(served, f"/v1/states/{state['id']}/fork", {"messages": 7})["param"] == "messages"
+
+
+def test_a_state_says_where_its_messages_end(served: Served) -> None:
+    """So that whoever is given it can go back to any place of it, also to before the first message."""
+    text = "What was read before. "
+    before = post(served, "/v1/states", {"prompt": text})
+    for state, count in ((None, 0), (before["id"], len(text))):
+        more = {} if state is None else {"state": state}
+        kept = {"max_tokens": 8, "seed": 1, "store": True}
+        choice = post(served, "/v1/chat/completions", {"messages": TALK[:2], **kept, **more})["choices"][0]
+        choice = post(served, "/v1/chat/completions", {"messages": TALK[3:], **kept, "state": choice["state"]["id"]})[
+            "choices"
+        ][0]
+        detail = get(served, f"/v1/states/{choice['state']['id']}")
+        assert detail["before"] == count
+        assert [message["role"] for message in detail["messages"]] == [
+            "system",
+            "user",
+            "assistant",
+            "user",
+            "assistant",
+        ]
+        for place, message in enumerate(detail["messages"], 1):
+            early = post(served, f"/v1/states/{detail['id']}/fork", {"messages": place})
+            assert early["tokens"] == message["end"]
+            assert get(served, f"/v1/states/{early['id']}")["before"] == count
+        if count == 0:
+            assert refused(served, f"/v1/states/{detail['id']}/fork", {"messages": 0})["param"] == "messages"
+            continue
+        first = post(served, f"/v1/states/{detail['id']}/fork", {"messages": 0})
+        assert (first["tokens"], first["message_count"]) == (count, None)
+        asked = {"messages": TALK[:2], **kept}
+        assert texts(post(served, "/v1/chat/completions", {**asked, "state": first["id"]})) == texts(
+            post(served, "/v1/chat/completions", {**asked, "state": before["id"]})
+        )
+    with served.client() as client:
+        content = client.get(f"/v1/states/{detail['id']}/export?transcript=true").content
+        arrived = client.post("/v1/states/import", content=content).json()
+    again = get(served, f"/v1/states/{arrived['id']}")
+    assert (again["before"], again["messages"]) == (detail["before"], detail["messages"])
+
+
+def test_a_stream_says_how_far_a_long_prompt_is_read(served: Served, client: Any) -> None:
+    body = {"prompt": "long " * 1000, "max_tokens": 2, "ignore_eos": True, "stream": True}
+    with reading_slowly(0.2), served.client() as raw:
+        lines = raw.post("/v1/completions", json=body).text.split("\n")
+        told = [line.removeprefix(": progress ") for line in lines if line.startswith(": progress ")]
+        assert len(told) >= 2
+        shares = [tuple(map(int, line.split("/"))) for line in told]
+        assert shares == sorted(shares)
+        assert {total for _, total in shares} == {5000}
+        assert 0 < shares[0][0] < shares[-1][0] < 5000
+        assert lines.index(f": progress {told[-1]}") < next(
+            n for n, line in enumerate(lines) if line.startswith("data")
+        )
+        # OpenAI's client passes over it.
+        chunks = client.completions.create(model=NAME, prompt="another " * 600, max_tokens=2, stream=True)
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] in ("length", "stop")
 
 
 def test_text_is_read_into_a_state_in_pieces(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -9,6 +10,7 @@ import socket
 import struct
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -336,6 +338,38 @@ def test_a_client_that_leaves_while_its_prompt_is_read(served: Served) -> None:
         time.sleep(0.01)
     assert settled(served.engine, seconds=5)
     goes_on(served)
+
+
+def test_nothing_of_a_request_survives_it(served: Served) -> None:
+    """Answered, streamed, refused or left: afterwards there are as many objects of every kind as before."""
+
+    def visit(number: int) -> None:
+        talk = {"messages": [{"role": "user", "content": f"number {number}"}], "max_tokens": 3}
+        with served.client() as client:
+            assert client.post(CHAT, json=talk).status_code == 200
+            assert client.post(CHAT, json={**talk, "stream": True}).text.endswith("data: [DONE]\n\n")
+            assert client.post(CHAT, json={**talk, "n": 0}).status_code == 400
+            state = client.post(STATES, json={"prompt": f"number {number}"}).json()
+            client.delete(f"{STATES}/{state['id']}")
+        with slowly(0.002), connection(served) as raw:
+            raw.sendall(request(TEXT, STREAM))
+            raw.recv(1000)
+        assert settled(served.engine)
+
+    def objects() -> Counter[str]:
+        gc.collect()
+        own = ("isotach.serve", "isotach.infer", "starlette", "fastapi", "uvicorn", "h11", "asyncio")
+        found = Counter(f"{type(one).__module__}.{type(one).__name__}" for one in gc.get_objects())
+        return Counter({name: count for name, count in found.items() if name.startswith(own)})
+
+    for number in range(4):
+        visit(number)
+    before = objects()
+    for number in range(4, 12):
+        visit(number)
+    grown = {name: count for name, count in (objects() - before).items() if count >= 8}
+    # States of what was read stay in the cache, which has a limit.
+    assert {name for name in grown if "prefix" not in name and "snapshot" not in name and "chain" not in name} == set()
 
 
 def test_a_slow_reader_is_dropped(served: Served) -> None:

@@ -1,4 +1,4 @@
-"""Compiles every kernel of the decay family for a Hopper GPU, which need not be there, and prints what became of them.
+"""Compiles every kernel of a family for a Hopper GPU, which need not be there, and prints what became of them.
 
 Run as a program: the tests' own process may have its kernels defined for Triton's interpreter.
 """
@@ -20,7 +20,7 @@ driver.set_active(
     )
 )
 
-from isotach.ops.triton import decay, pieces  # noqa: E402
+from isotach.ops.triton import channel, decay, delta, delta_kernels, elementwise, pieces, window  # noqa: E402
 
 
 class Compiled:
@@ -64,5 +64,71 @@ def main(width: int) -> None:
     print(json.dumps(report))
 
 
+def channels(time: int) -> None:
+    """A pack of documents that are cut, with a decay per channel."""
+    q, k, v, log_decay = (torch.empty(1, time, 3, 64, dtype=torch.bfloat16) for _ in range(4))
+    bounds, state = torch.tensor([0, time - 9, time]), torch.empty(2, 3, 64, 64)
+    channel.forward(q, k, v, log_decay, state, bounds, None)
+    channel._backward(v, state, q, k, v, log_decay, state, bounds, None, True, True)
+
+
+def scans(time: int) -> None:
+    """Documents that are cut, and two heads that share a decay, as in hgrn."""
+    v, log_decay, state = torch.empty(1, time, 2, 64), torch.empty(1, time, 1, 64), torch.empty(1, 2, 64)
+    elementwise._forward(v, log_decay, state, None, None)
+    elementwise._backward(v, state, v, log_decay, state, None, None, True, True)
+
+
+def convolutions(time: int) -> None:
+    """A pack, and a filter stored as layers have it."""
+    x, weight, state = torch.empty(1, time, 64, dtype=torch.bfloat16), torch.empty(64, 4).t(), torch.empty(2, 4, 64)
+    bounds = torch.tensor([0, time - 9, time])
+    window._forward(x, weight, state, bounds)
+    window._backward(x, state, x, weight, state, bounds, True)
+
+
+def deltas(time: int, rates: int = 1) -> None:
+    """A pack of documents that are cut; one key, and `rates` decays per head."""
+    q, k, v = (torch.empty(1, time, 3, 64, dtype=torch.bfloat16) for _ in range(3))
+    beta, log_decay = torch.empty(1, time, 3, 1), torch.empty(1, time, 3, rates)
+    keys, how = (log_decay, beta, None, None, torch.empty(2, 3, 64, 64)), (torch.tensor([0, time - 9, time]), None)
+    delta._forward(q, k, v, *keys, *how)
+    delta._backward(v, keys[-1], q, k, v, *keys, *how, True, True)
+
+
+def channel_deltas(time: int) -> None:
+    deltas(time, 64)
+
+
+DELTA = ("invert", "solve", "chain", "differentiate")
+FAMILIES: dict[str, tuple[Any, tuple[str, ...], Any]] = {
+    "channel": (channel, ("_fading_scores", "_fading_rows", "_chain"), channels),
+    "delta": (delta_kernels, DELTA, deltas),
+    "channel delta": (delta_kernels, DELTA, channel_deltas),
+    "elementwise": (elementwise, ("_sweep",), scans),
+    "window": (window, ("_forward_tile", "_forward_state", "_backward_tiles", "_backward_state"), convolutions),
+}
+
+
+def report(module: Any, names: tuple[str, ...], call: Any) -> dict[str, int]:
+    pieces.processors = lambda device: 132
+    kernels = [Compiled(getattr(module, name)) for name in names]
+    for name, kernel in zip(names, kernels, strict=True):
+        setattr(module, name, kernel)
+    call(4096)
+    first = sum(len(kernel.found) for kernel in kernels)
+    call(5003)
+    found = [compiled for kernel in kernels for compiled in kernel.found.values()]
+    return {
+        "kernels": first,
+        "more_for_other_lengths": len(found) - first,
+        "shared": max(compiled.metadata.shared for compiled in found),
+        "transposed": sum(compiled.asm["ttgir"].count("tt.trans") for compiled in found),
+    }
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    if sys.argv[1] in FAMILIES:
+        print(json.dumps(report(*FAMILIES[sys.argv[1]])))
+    else:
+        main(int(sys.argv[1]))

@@ -56,18 +56,26 @@ class ByHand:
     def __init__(self, model: Decoder, *, memory: int = 1 << 30, cache: PrefixCache | None = None) -> None:
         origin = KnownOrigin(model)
         self.cache = cache or PrefixCache(origin, BYTES, folder=None, disk=0)
-        self.rounds = Rounds(model, BYTES, origin, cache=self.cache, memory=memory)
         self.arrived: list[Job] = []
         self.cancelled: set[Ticket] = set()
+        self.rounds = Rounds(model, BYTES, origin, cache=self.cache, memory=memory, news=self.news)
 
-    def submit(self, request: Request) -> Ticket:
-        self.arrived.append(self.rounds.job(request, cancel=lambda ticket: self.cancelled.add(ticket)))
-        return self.arrived[-1].ticket
-
-    def round(self) -> None:
+    def news(self) -> tuple[list[Job], set[Ticket]]:
         arrived, self.arrived = self.arrived, []
         cancelled, self.cancelled = self.cancelled, set()
-        self.rounds.round(arrived, cancelled)
+        return arrived, cancelled
+
+    def submit(self, request: Request) -> Ticket:
+        self.arrived.append(self.rounds.job(request, cancel=self.cancel))
+        self.rounds.hurry(len(self.arrived[-1].ids))
+        return self.arrived[-1].ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        self.cancelled.add(ticket)
+        self.rounds.hurry()
+
+    def round(self) -> None:
+        self.rounds.round()
 
     def finish(self, check: Callable[[], None] = lambda: None) -> None:
         while self.arrived or self.rounds.jobs:

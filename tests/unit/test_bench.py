@@ -13,8 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from isotach import mixers as all_mixers
-from isotach.bench import decode, families, mixers, ops, report, train
-from isotach.bench.ops import Contender, Shape
+from isotach.bench import decode, mixers, report, train
 from isotach.config import parse
 from isotach.errors import UserError
 from isotach.models.decoder import Decoder, ModelConfig
@@ -23,50 +22,6 @@ from isotach.nn.mixer import Mixer
 from isotach.ops.recurrence import stored_fields
 
 CPU = torch.device("cpu")
-TINY = Shape(heads=2, tokens=128, width=16, documents=10)
-
-
-def test_the_restated_algorithm_is_that_of_transformers() -> None:
-    pytest.importorskip("transformers")
-    error = ops.error_beside_transformers()
-    assert error is not None
-    assert error < 1e-6
-
-
-@pytest.mark.parametrize("name", ops.CONTENDERS)
-def test_contenders_agree_with_float64(name: str) -> None:
-    assert ops.error(ops.CONTENDERS[name](ops.SMALL, CPU)) < 1e-5
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ops.CONTENDERS | ops.KERNELS)
-def test_contenders_agree_with_float64_on_a_gpu(name: str) -> None:
-    device = torch.device("cuda")
-    assert ops.error(ops.contenders(device)[name](ops.SMALL, device)) < ops.CORRECT
-
-
-def test_the_packed_row_holds_the_documents_it_claims() -> None:
-    lengths = ops.document_bounds(4096, 500).diff()
-    assert (len(lengths), int(lengths.sum())) == (500, 4096)
-    assert int(lengths.min()) >= 1
-
-
-def test_flops_do_not_depend_on_the_chunk() -> None:
-    assert Shape().flops == 8 * 4096 * (4 * 64 * 128 + 4 * 128**2)
-
-
-def test_a_wrong_contender_is_refused_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops.CONTENDERS["minimax"]
-
-    def wrong(shape: Shape, device: torch.device) -> Contender:
-        contender = right(shape, device)
-        return contender._replace(forward=lambda q, k, v: contender.forward(q, k, v) * 1.001)
-
-    monkeypatch.setitem(ops.CONTENDERS, "minimax", wrong)
-    result = ops.measure(device=CPU, shape=TINY, rounds=2, weigh_tokens=0)
-    assert [sentence.split(":")[0] for sentence in result.refused] == ["minimax"]
-    assert not any("minimax" in str(row) for row in [*result.rows, *result.figures])
-    assert any(row["contender"] == "softmax" for row in result.rows)
 
 
 def test_contenders_take_turns_and_ratios_are_paired() -> None:
@@ -111,10 +66,12 @@ def test_a_busy_machine_is_waited_for_and_then_called_busy(monkeypatch: pytest.M
     report.publish("x", lambda: result, folder=tmp_path / "new", wait=0.0, console=console)
     document = json.loads((tmp_path / "new" / "x.json").read_text(encoding="utf-8"))
     assert document["idle"] is False
-    assert document["figures"] == [{"name": "ratio", "value": 2.0, "at_least": 3.0, "at_most": None, "met": False}]
+    ratio = {"name": "ratio", "value": 2.0, "at_least": 3.0, "at_most": None, "verdict": "missed"}
+    assert document["figures"] == [ratio]
     assert document["machine"]["torch"] == torch.__version__
     assert "not idle" in console.export_text()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.json"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"x.json", "x.md"}
+    assert report.pages("x", document, None)["x.md"] == (tmp_path / "new" / "x.md").read_text(encoding="utf-8")
 
 
 def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +91,7 @@ def test_decoding_keeps_its_state_and_the_twin_does_not() -> None:
     assert result.refused == []
     assert sizes["model", 8] == sizes["model", 32]
     assert sizes["model softmax", 32] > 3 * sizes["model softmax", 8]
-    assert [figure.met for figure in result.figures if "bytes" in figure.name] == [True]
+    assert [figure.verdict for figure in result.figures if "bytes" in figure.name] == ["met"]
 
 
 def test_the_twin_is_charged_neither_for_copying_nor_for_spare_room() -> None:
@@ -189,26 +146,6 @@ def test_training_is_compared_at_equal_tokens() -> None:
     assert any("outside forward" in figure.name for figure in result.figures)
 
 
-@pytest.mark.parametrize("name", families.DUELS)
-def test_families_and_their_rivals_compute_the_same(name: str) -> None:
-    """Both against the family's definition, values and gradients; a rival that is not installed is left out."""
-    duel, device = families.DUELS[name], torch.device("cpu")
-    rival = duel.rival(families.SMALL, device)
-    contenders = [duel.ours(families.SMALL, device), *([] if rival is None else [rival])]
-    assert max(ops.error(contender) for contender in contenders) < ops.CORRECT
-
-
-def test_a_duel_is_timed_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "DUELS", {"HGRN": families.DUELS["HGRN"]})
-    result = families.measure(device=torch.device("cpu"), widths=(8,), tokens=32, rounds=2)
-    assert [figure.name for figure in result.figures] == [
-        "HGRN, D 8, forward, times faster than a token loop",
-        "HGRN, D 8, forward + backward, times faster than a token loop",
-    ]
-    assert len(result.rows) == 4
-    assert not result.refused
-
-
 def test_every_causal_mixer_is_measured_and_what_keeps_its_size_has_a_bound() -> None:
     result = mixers.measure(device=CPU, lengths=(40, 600), rounds=1)
     assert result.refused == []
@@ -225,6 +162,9 @@ def test_every_causal_mixer_is_measured_and_what_keeps_its_size_has_a_bound() ->
         own = [figure for figure in result.figures if figure.name.startswith(f"{name}: ")]
         assert [figure.at_most for figure in own] == 2 * [None if grows else 1.15]
     assert {figure.at_most for figure in result.figures if figure.name.startswith("lightning, cached: ")} == {None}
+    (panel,) = mixers.panels({"rows": result.rows})
+    assert {series.name for series in panel.series} == causal | {"lightning, cached"}
+    assert {series.group for series in panel.series if series.name in ("softmax", "gla")} == {"grows", "keeps its size"}
 
 
 def test_a_cost_per_token_is_that_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from isotach.errors import UserError
-from isotach.train.checkpoint import Checkpoints, best, latest, resolve, step_folders, verify
+from isotach.train.checkpoint import Checkpoints, best, latest, resolve, seal, step_folders, verify
 
 
 def fill(text: str) -> Callable[[Path], None]:
@@ -132,6 +132,19 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path, damage: Callabl
     damage(step_folders(tmp_path)[0])
     with pytest.raises(UserError, match=reason):
         latest(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "", "\ud800"])
+def test_training_facts_that_are_none_are_refused_in_one_sentence(tmp_path: Path, content: str) -> None:
+    """As a folder may be that another program has sealed."""
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    fill("weights")(folder)
+    (folder / "training.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    seal(folder)
+    with pytest.raises(UserError, match=r"training\.json: expected a JSON object, got something else; ") as told:
+        resolve(tmp_path)
+    assert "\n" not in str(told.value)
 
 
 def test_a_full_disk_is_told_at_the_next_save_and_leaves_the_previous(

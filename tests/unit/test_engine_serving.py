@@ -13,10 +13,12 @@ from torch import Tensor
 
 from isotach.errors import UserError
 from isotach.infer.answer import Event
+from isotach.infer.batch import Batch
 from isotach.infer.generate import Session
 from isotach.infer.sample import Sampling
 from isotach.infer.snapshot import Snapshot
-from isotach.serve.engine import Engine, Full, Request
+from isotach.serve import rounds
+from isotach.serve.engine import Engine, Full, Request, Ticket
 from tests.unit.serving import BYTES, MODELS, ByHand, alone, decoder, joined, tokens
 
 LETTERS = b"ab \xc3\xa9"  # with one character of two bytes
@@ -528,28 +530,181 @@ def test_a_call_that_cannot_be_made_fails_its_request_and_no_other(
     assert tokens(good) == tokens(alone(model, [97] * 9, sampling))
 
 
-def test_a_long_call_is_broken_off_for_a_short_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_event_and_that_it_is_the_last_are_seen_together() -> None:
+    """The engine's thread is stopped between the two for as long as somebody could see only one."""
+    ticket = Ticket(None, prompt_tokens=1, cancel=lambda ticket: None)
+    put, seen = ticket._put, []
+
+    def slow(event: Event) -> None:
+        put(event)
+        threading.Event().wait(0.2)
+
+    ticket._put = slow  # type: ignore[method-assign]
+    ending = threading.Timer(0.05, ticket.end, kwargs={"event": Event(97, "a", None, (), "length")})
+
+    async def read() -> None:
+        ending.start()
+        while not ticket._events:
+            await asyncio.sleep(0.001)
+        async for _ in ticket.stream():
+            seen.append(ticket.done)
+
+    asyncio.run(read())
+    ending.join()
+    assert seen == [True]
+
+
+def test_states_on_disk_are_loaded_where_nobody_else_waits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = decoder("hybrid"), list(b"a prompt that was read before")
+    with Engine(model, BYTES, memory=1 << 28, cache=tmp_path) as engine:
+        first = tokens(engine.submit(Request(prompt, Sampling(seed=0, max_tokens=3))))
+    threads: list[str] = []
+    load = Snapshot.load
+
+    def watched(*args: Any) -> Snapshot:
+        threads.append(threading.current_thread().name)
+        return load(*args)
+
+    monkeypatch.setattr(Snapshot, "load", watched)
+    with Engine(model, BYTES, memory=1 << 28, cache=tmp_path) as engine:
+        ticket = engine.submit(Request(prompt, Sampling(seed=0, max_tokens=3)))
+        assert tokens(ticket) == first
+    assert ticket.usage.cached_tokens == len(prompt) - 1
+    assert threads == [threading.current_thread().name]
+
+
+def test_a_text_in_pieces_leaves_one_state_in_the_cache() -> None:
     model = decoder("lightning")
     hand = ByHand(model)
-    long, sampling = list(b"a very long text " * 60), Sampling(seed=1, max_tokens=6)
+    state, text = None, list(b"once upon a time " * 20)
+    for start in range(0, len(text), 50):
+        ticket = hand.submit(Request(text[start : start + 50], state=state))
+        hand.finish()
+        state = ticket.snapshot()
+    assert len(hand.cache._memory) == 1
+    again = hand.submit(Request([*text, 97], Sampling(seed=0, max_tokens=3)))
+    hand.finish()
+    assert again.usage.cached_tokens == len(text) - 1
+    assert tokens(again) == tokens(alone(model, [*text, 97], Sampling(seed=0, max_tokens=3)))
+
+
+# ---- calls that stand still
+
+
+@pytest.mark.parametrize("name", ["lightning", "hybrid"])
+@pytest.mark.parametrize(("length", "writing"), [(1, False), (1, True), (300, True)])
+def test_a_long_call_stands_still_for_a_shorter_request(
+    name: str, writing: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has its first token before the call is over; and nothing that the call has done is done again."""
+    model = decoder(name)
+    hand = ByHand(model)
+    long, short = list(b"a very long text " * 60), [97, *[98] * (length - 1)]
+    sampling = Sampling(seed=1, max_tokens=6, ignore_eos=True)
+    others = [hand.submit(Request([99], sampling.model_copy(update={"max_tokens": 40})))] if writing else []
+    hand.round()
     waits = hand.submit(Request(long, sampling))
     arrived: list[Any] = []
+    calls: list[int] = []
+    first: list[int] = []
     forward = model.blocks[0].forward
 
     def arriving(*args: Any) -> Any:
-        if not arrived and args[0].shape[1] == 512:
-            arrived.append(hand.rounds.job(Request([97, 98], sampling), cancel=hand.cancelled.add))
-            hand.rounds.hurry(arrived[0])
+        calls.append(args[0].shape[1])
+        if not arrived and calls[-1] == 512:
+            arrived.append(hand.submit(Request(short, sampling)))
+            put = arrived[0].put
+            arrived[0].put = lambda event: (first.append(waits.read), put(event))
         return forward(*args)
 
     monkeypatch.setattr(model.blocks[0], "forward", arriving)
-    hand.round()
-    assert hand.rounds.stats().tokens_read == 0
-    hand.rounds.calm()
-    hand.rounds.round(arrived)
-    assert hand.rounds.stats().tokens_read == 1  # of the short one, alone
-    hand.round()
-    assert arrived[0].ticket.usage.first_token_s is not None
     hand.finish()
-    assert tokens(waits) == tokens(alone(model, long, sampling))
-    assert tokens(arrived[0].ticket) == tokens(alone(model, [97, 98], sampling))
+    assert first[0] == 0  # tokens of the long one, which was at work on its first 512
+    assert sum(count for count in calls if count > 300) == len(long) - 1
+    for ticket, prompt in [(waits, long), (arrived[0], short), *((other, [99]) for other in others)]:
+        assert tokens(ticket) == tokens(alone(model, prompt, ticket.sampling))
+
+
+class Clock:
+    """Time that passes where it is asked for, and a step takes ten times as long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.written = 0.0, 0.0
+        step = Batch.step
+
+        def stepped(batch: Batch) -> Any:
+            self.now += 0.01
+            self.written += 0.01
+            return step(batch)
+
+        monkeypatch.setattr(Batch, "step", stepped)
+        monkeypatch.setattr(rounds, "time", self)
+
+    def perf_counter(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def test_who_writes_has_half_of_the_time_while_others_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    hand, clock = ByHand(decoder("lightning")), Clock(monkeypatch)
+    writer = hand.submit(Request([97], Sampling(seed=0, max_tokens=10_000, ignore_eos=True)))
+    hand.round()
+    reader = hand.submit(Request(list(b"a very long text " * 200)))
+    began, written = clock.now, clock.written
+    while not reader.done:
+        hand.round()
+    share = (clock.written - written) / (clock.now - began)
+    assert 0.4 < share < 0.6
+    writer.cancel()
+    hand.finish()
+
+
+def test_a_flood_of_short_requests_does_not_stop_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody new comes whenever anybody could have a turn."""
+    hand, clock = ByHand(decoder("lightning")), Clock(monkeypatch)
+    quiet = ByHand(decoder("lightning"))
+    text = list(b"a very long text " * 150)
+    began = clock.now
+    quiet.submit(Request(text))
+    quiet.finish()
+    alone_s, began = clock.now - began, clock.now
+    long, look = hand.submit(Request(text)), hand.rounds._look
+
+    def flooded() -> None:
+        if not hand.arrived:
+            hand.submit(Request([97, 98], Sampling(seed=0, max_tokens=1)))
+        look()
+
+    monkeypatch.setattr(hand.rounds, "_look", flooded)
+    while not long.done:
+        hand.round()
+        assert clock.now - began < 2 * (1 + rounds.PATIENCE) * alone_s + rounds.CREDIT
+    hand.finish()
+
+
+@pytest.mark.parametrize("name", ["lightning", "softmax"])
+def test_a_call_ends_when_nobody_waits_for_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder(name)
+    hand = ByHand(model)
+    text = list(b"a long text " * 200)
+    ticket = hand.submit(Request(text))
+    hand.round()
+    forward, last = model.blocks[0].forward, model.blocks[-1].forward
+
+    def leaving(*args: Any) -> Any:
+        ticket.cancel()
+        return forward(*args)
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("it went on to the end")
+
+    monkeypatch.setattr(model.blocks[0], "forward", leaving)
+    monkeypatch.setattr(model.blocks[-1], "forward", never)
+    hand.finish()
+    monkeypatch.setattr(model.blocks[0], "forward", forward)
+    monkeypatch.setattr(model.blocks[-1], "forward", last)
+    assert hand.rounds.stats().finished == {"cancelled": 1}
+    again = hand.submit(Request(text, Sampling(seed=0, max_tokens=4)))
+    hand.finish()
+    assert again.usage.cached_tokens == 512
+    assert tokens(again) == tokens(alone(model, text, Sampling(seed=0, max_tokens=4)))

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isotach.config import parse
+from isotach import cli
+from isotach.config import dumps, parse
 from isotach.errors import UserError
 from isotach.eval import summary
 from isotach.eval import table as tables
@@ -177,6 +178,30 @@ def test_a_table_is_drawn_however_much_of_it_is_there(tmp_path: Path) -> None:
     picture = (tmp_path / "table.svg").read_text()
     assert "hamlet" in picture
     assert "softmax+rope_off" in picture
+
+
+def test_the_command_writes_the_table_and_takes_it_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = table(tmp_path)
+    recipe, text, out = tmp_path / "table.toml", tmp_path / "text.txt", tmp_path / "out"
+    small = config.model_copy(update={"mixers": {"softmax": {}}, "full": (), "data": {}})
+    recipe.write_text(dumps(small))
+    command = ["eval", "table", str(recipe), "--text", f"hamlet={text}", "--out", str(out)]
+    assert cli.main(command) == 0
+    first, cells = capsys.readouterr().out, {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
+    assert len(cells) == 2 + 1 + 1
+    assert first == (out / "table.md").read_text()
+    assert [row["mixer"] for row in json.loads((out / "table.json").read_text())["rows"]] == ["softmax"]
+    assert "<svg" in (out / "table.svg").read_text()
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == first
+    assert {path: path.stat().st_mtime_ns for path in cells} == cells
+
+    assert cli.main([*command[:-1], str(recipe)]) == 2
+    assert "table.toml" in capsys.readouterr().err
 
 
 def test_a_budget_below_the_mixer_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The prefix cache: the longest beginning is found, for its owner alone, in memory, on disk and after a crash."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from hypothesis import strategies as st
 
 from isotach.infer.chain import Digests, TokenChain
 from isotach.infer.sample import Sampling
-from isotach.infer.snapshot import KnownOrigin, Past
+from isotach.infer.snapshot import KnownOrigin, Past, Snapshot
+from isotach.serve import prefix
 from isotach.serve.prefix import STRIDE, PrefixCache, folder_of
 from isotach.serve.ticket import Request
 from tests.unit.serving import BYTES, ByHand, alone, decoder, tokens
@@ -187,6 +191,68 @@ def test_another_models_states_are_left_alone_but_counted(tmp_path: Path) -> Non
     assert kept.disk_bytes == 1000
     assert list(foreign.parent.iterdir()) == [foreign]
     kept.close()
+
+
+def test_what_is_remembered_of_states_on_disk_is_small_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = cache(tmp_path, limit=2 * SIZE)
+
+    def fill(numbers: range) -> None:
+        for number in numbers:
+            kept.put("me", past([number // 200, number % 200, 3]))
+            written(kept)
+
+    fill(range(100))  # what grows by leaps has leapt
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    fill(range(100, 300))
+    gc.collect()
+    each = (tracemalloc.get_traced_memory()[0] - before) / 200
+    tracemalloc.stop()
+    assert each < 700
+    monkeypatch.setattr(prefix, "FILES", 50)
+    fill(range(300, 310))
+    assert len(kept._files) == len(list(tmp_path.rglob("*.safetensors"))) == 50
+    kept.close()
+    again = cache(tmp_path)
+    assert len(again._files) == 50
+    assert found(again, [1, 105, 3, 4])[0] == 3  # the last one; the first are gone
+    assert found(again, [0, 0, 3, 4])[0] == 0
+    again.close()
+
+
+def test_what_was_fetched_need_not_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cache(tmp_path)
+    read(first, [1] * 10)
+    first.close()
+    kept = cache(tmp_path)
+    loaders = [
+        threading.Thread(target=kept.fetch, args=("me", Digests([1] * 10)), kwargs={"last": 9}) for _ in range(4)
+    ]
+    for loader in loaders:
+        loader.start()
+    for loader in loaders:
+        loader.join()
+    assert kept.nbytes == SIZE  # once, however many have fetched it
+    monkeypatch.setattr(Snapshot, "load", lambda *_: pytest.fail("loaded a second time"))
+    assert found(kept, [1] * 10) == (9, None, None)
+    kept.fetch("me", Digests([2] * 10), last=9)
+    kept.close()
+
+
+def test_a_state_that_was_passed_makes_room() -> None:
+    kept = cache()
+    ends = [past([1] * count) for count in (10, 20, 30)]
+    kept.put("me", ends[0], passing=True)
+    kept.put("me", ends[1], passing=True, instead_of=ends[0].chain)
+    assert kept.nbytes == SIZE
+    assert found(kept, [1] * 25)[0] == 20  # somebody else goes on from here
+    kept.put("me", ends[2], passing=True, instead_of=ends[1].chain)
+    assert kept.nbytes == 2 * SIZE
+    kept.put("me", past([1] * 40), instead_of=EMPTY)
+    assert kept.nbytes == 3 * SIZE
 
 
 KILLED = """

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from isotach.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from isotach.errors import UserError
-from isotach.serve.chat import Answers, Template, special_names
+from isotach.serve.chat import ENTRY, Answers, Template, special_names
 
 BYTES = ByteTokenizer()
 CHATML = (
@@ -132,11 +132,11 @@ def test_an_answer_is_continued_with_the_tokens_it_was_written_with(bpe: JsonTok
 
 
 def test_answers_are_forgotten_by_size(bpe: JsonTokenizer) -> None:
-    answers = Answers(bpe, room=10)
+    answers = Answers(bpe, room=2 * (ENTRY + 16))
     for number in range(5):
         answers.remember("me", f"a{number}", [1, 2, 3, 4])
     assert [answers.find("me", f"a{number}") is not None for number in range(5)] == [False, False, False, True, True]
-    answers.remember("me", "long", list(range(11)))
+    answers.remember("me", "long", list(range(300)))
     assert answers.find("me", "long") is None
     answers.remember("me", "the", bpe.encode("the").tolist())  # nothing to remember
     assert answers.find("me", "the") is None

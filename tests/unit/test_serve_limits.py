@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from isotach.errors import UserError
-from isotach.serve.limits import Call, Gate, Gone, JsonLines, Keys, Limits, Rate, read
+from isotach.serve.limits import Call, Gate, Gone, JsonLines, Keys, Limits, Rate, read, server
 from isotach.serve.schemas import ApiError
 
 KEY, OTHER = "k" * 32, "o" * 32
@@ -239,3 +240,24 @@ def test_a_body_that_drips_is_refused() -> None:
 def test_a_client_that_leaves_is_gone() -> None:
     with pytest.raises(Gone):
         taken(receiving(part(b"x", more=True), {"type": "http.disconnect"}))
+
+
+def test_started_means_that_connections_are_accepted() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while scope["type"] == "lifespan":
+            kind = (await receive())["type"]
+            await send({"type": f"{kind}.complete"})
+            if kind.endswith("shutdown"):
+                return
+
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+
+        def started() -> None:
+            socket.create_connection(listener.getsockname()).close()
+            running.should_exit = True
+
+        running = server(app, limits=Limits(), started=started)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(listener.getsockname())
+        asyncio.run(running.serve(sockets=[listener]))

@@ -75,6 +75,29 @@ def test_unknown_fields_are_refused_by_name(cls: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cls", "body", "param", "meant"),
+    [
+        (CompletionRequest, {"promt": "p"}, "promt", "prompt"),
+        (CompletionRequest, {"promt": "p", "temperature": -1}, "promt", "prompt"),
+        (ChatRequest, {"mesages": HELLO["messages"]}, "mesages", "messages"),
+        (ChatRequest, {"messages": [{"rol": "user", "content": "x"}]}, "messages.0.rol", "role"),
+        (ChatRequest, {**HELLO, "stream_options": {"include_usge": True}}, "stream_options.include_usge",
+         "include_usage"),
+        (ChatRequest, {**HELLO, "tools": [{"type": "function", "function": {"nam": "x"}}]}, "tools.0.function.nam",
+         "name"),
+        (ChatRequest, {**HELLO, "response_format": {"type": "json_schema", "json_schema": {"shema": {}}}},
+         "response_format.json_schema.json_schema.shema", "schema"),
+        (TokenizeRequest, {"promt": "p"}, "promt", "prompt"),
+        (DetokenizeRequest, {"token": [1]}, "token", "tokens"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_name_is_told_as_that(cls: Any, body: dict[str, Any], param: str, meant: str) -> None:
+    error = refusal(cls, body)
+    assert error.message == f"{param}: unknown field; did you mean {meant}?"
+    assert (error.param, error.code) == (param, "unknown_parameter")
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("temperature", -1), ("temperature", "hot"), ("temperature", 1e400), ("temperature", True), ("top_p", 0),

@@ -20,6 +20,7 @@ from isotach.errors import UserError
 from isotach.infer.sample import Sampling
 from isotach.infer.snapshot import KnownOrigin, Snapshot
 from isotach.models.state import _digest
+from isotach.serve import states
 from isotach.serve.states import StateStore
 from isotach.serve.ticket import Request
 from tests.unit.serving import BYTES, MODELS, ByHand, decoder, tokens
@@ -274,3 +275,47 @@ def test_tokens_may_be_any_array(tmp_path: Path) -> None:
     kept = store(tmp_path)
     record = kept.create("me", snapshot(), np.array(TEXT, np.uint32))
     assert kept.transcript("me", record.id).dtype == np.uint32
+
+
+def test_what_is_deleted_meanwhile_is_left_out_of_a_list_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store(tmp_path)
+    gone, damaged, stays = (first.create("me", snapshot(), TEXT) for _ in range(3))
+    first.export("me", damaged.id).with_name("record.json").write_text("{")
+    kept, read = store(tmp_path), StateStore._read
+
+    def late(self: StateStore, owner: str, id: str) -> object:
+        if id == gone.id:
+            first.delete("me", id)
+        return read(self, owner, id)
+
+    monkeypatch.setattr(StateStore, "_read", late)
+    monkeypatch.setattr(first, "_read", lambda owner, id: read(first, owner, id))
+    assert kept.list("me") == [stays]
+    assert gone.id not in caplog.text
+    assert damaged.id in caplog.text
+
+
+def test_the_newest_state_of_a_session_is_found_by_one_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store(tmp_path)
+    records = [first.create("me", snapshot(), TEXT, session=f"number {n % 3}") for n in range(9)]
+    kept, looks, read = store(tmp_path), [], StateStore._read
+    monkeypatch.setattr(StateStore, "_read", lambda *arguments: (looks.append(arguments), read(*arguments))[1])
+    assert [kept.newest("me", f"number {n}") for n in range(3)] == records[6:]
+    assert len(looks) == 3
+    assert kept.newest("me", "number 3") is kept.newest("you", "number 0") is None
+    kept.delete("me", records[8].id)
+    assert kept.newest("me", "number 2") is None
+
+
+def test_records_are_remembered_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "REMEMBERED", 5000)
+    kept = store(tmp_path)
+    records = [kept.create("me", snapshot(), TEXT, note={"n": "x" * 1000 * n}) for n in range(6)]
+    for _ in range(2):
+        assert [kept.get("me", record.id) for record in records] == records
+        assert sum(size for _, size in kept._records.values()) == kept._remembered <= 5000
+    for record in records:
+        kept.delete("me", record.id)
+    assert kept._remembered == 0

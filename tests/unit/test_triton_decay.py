@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from isotach.bench import ops
+from isotach.bench import limits, ops
+from isotach.bench.families import Shape
 from isotach.ops import backends
 from isotach.ops.decay import Decay
 from isotach.ops.engine import Span, run
@@ -218,7 +219,6 @@ def test_registered_operators(on_cpu: pytest.MonkeyPatch) -> None:
     ("change", "message"),
     [
         ({"q": torch.float64}, "takes heads of at most 256 channels in .*; got 24 in torch.float64"),
-        ({"log_decay": (1, 70, 2, 20)}, "takes one decay for all channels of a head"),
         ({"q": (1, 70, 2, 300), "k": (1, 70, 2, 300)}, "at most 256 channels .* got 300"),
         ({"chunk_size": 48}, r"takes chunks of \(16, 32, 64, 128\) tokens; got chunk_size = 48"),
         ({"device": "cuda"}, "the triton backend runs on cuda, the inputs are on cpu"),
@@ -273,21 +273,18 @@ def test_chunks_longer_than_anchors_are_apart(on_cpu: pytest.MonkeyPatch) -> Non
     assert max(ratios.values()) <= 2, ratios
 
 
-def test_the_benchmark_of_kernels(on_cpu: pytest.MonkeyPatch) -> None:
-    """All it does on a GPU but the clock, at sizes for the interpreter."""
-    from triton import testing
-
-    tiny = ops.Shape(batch=1, heads=1, tokens=16, width=16)
-    for name, value in {"SMALL": tiny, "FILLING": tiny, "LENGTHS": (16, 32), "COPIED": 64}.items():
-        on_cpu.setattr(ops, name, value)
-    on_cpu.setattr(testing, "do_bench", lambda call, **how: call() is None or [1.0, 2.0, 3.0])
-    result = ops.Result({})
-    ops._measure_kernels(result, torch.device("cpu"))
+def test_the_benchmark_takes_the_kernels(on_cpu: pytest.MonkeyPatch) -> None:
+    """All it does on a GPU but the clock, at a size for the interpreter."""
+    tiny = Shape(batch=1, heads=1, tokens=16, width=16)
+    on_cpu.setattr(ops, "SMALL", tiny)
+    on_cpu.setattr(limits, "SIZES", {"cpu": (64, 4)})
+    cell = ops.Cell("decay", tiny, torch.bfloat16)
+    result = ops.measure(device=torch.device("cpu"), against=(), rounds=1, cells=[cell])
     assert result.refused == []
-    assert {row["pass"] for row in result.rows} == {
-        f"{which}, {where} D16" for which in ops.KERNEL_BOUNDS for where in ("B1 H1 T16", "B1 H1 T32", "B2 H1 T16")
-    }
-    assert [figure.met for figure in result.figures[1:]] == [False, False, True]
+    assert [(row["pass"], row["at"]["backend"]) for row in result.rows] == [
+        ("forward", "triton"),
+        ("forward + backward", "triton"),
+    ]
 
 
 # ---- in the compiler

@@ -1,5 +1,7 @@
 """GPU kernels of the decay family where a head's channels fade alike: constant rates, and one per token and head.
 
+Where each channel fades at its own rate, channel.py computes it.
+
 Checked in Triton's interpreter and compiled for Hopper; not yet run or measured on a GPU (docs/numerics.md).
 
 One sweep computes the outputs and all three gradients. It reads rows x_t, w_t, z_t and keeps a state S (X, Z); in a
@@ -40,8 +42,9 @@ from torch import Tensor
 
 from isotach.ops.backends import register
 from isotach.ops.decay import Decay
-from isotach.ops.triton import device
+from isotach.ops.triton import channel, device
 from isotach.ops.triton.arithmetic import OPERANDS, product, running, tile, weights
+from isotach.ops.triton.layout import flat, padded, sides
 from isotach.ops.triton.pieces import cut, find_document, find_piece
 
 CHAINED = 1024  # numbers of a state that one program chains
@@ -222,8 +225,6 @@ def _chain(  # type: ignore[no-untyped-def]
 
 def _config(x: Decay.Inputs, chunk_size: int | None) -> Config | str:
     """The configuration for inputs like x, or what cannot be taken."""
-    if x.log_decay.shape[-1] != 1:
-        return f"takes one decay for all channels of a head; got log_decay of shape {tuple(x.log_decay.shape)}"
     if chunk_size not in (None, *CHUNKS):
         return f"takes chunks of {CHUNKS} tokens; got chunk_size = {chunk_size}"
     width = max(x.q.shape[-1], x.v.shape[-1])
@@ -234,16 +235,25 @@ def _config(x: Decay.Inputs, chunk_size: int | None) -> Config | str:
     return f"takes heads of at most 256 channels in bfloat16, float16 or float32; got {width} in {x.q.dtype}"
 
 
-def _refusal(x: Decay.Inputs, chunk_size: int | None) -> str | None:
+def refusal(x: Decay.Inputs, chunk_size: int | None) -> str | None:
+    """What of a call these kernels cannot take, if so."""
+    if _apart(x):
+        return channel.refusal(x, chunk_size)
     config = _config(x, chunk_size)
     return config if isinstance(config, str) else device.refusal(x.q.device, config.shared)
 
 
-@register(Decay, "triton", device="cuda", refusal=_refusal)
+def _apart(x: Decay.Inputs) -> bool:
+    """Whether each channel of a head fades at its own rate."""
+    return bool(x.log_decay.shape[-1] != 1)
+
+
+@register(Decay, "triton", device="cuda", refusal=refusal)
 def decay(
     rec: Decay, x: Decay.Inputs, s: Decay.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Decay.State]:
-    output, state = _forward(*x, s.state, cu_seqlens, chunk_size)
+    forward = channel.forward if _apart(x) else _forward
+    output, state = forward(*x, s.state, cu_seqlens, chunk_size)
     return output, Decay.State(state)
 
 
@@ -355,7 +365,7 @@ class _Call:
 
     def blocks(self, width: int) -> int:
         """Programs that share the columns of z."""
-        return triton.cdiv(width, min(self.config.block, _padded(width)))
+        return triton.cdiv(width, min(self.config.block, padded(width)))
 
     def sweep(
         self,
@@ -383,15 +393,15 @@ class _Call:
         dots = anchors = links = None
         if ledger is not None:
             dots, anchors, links = ledger.writes if reverse else ledger.reads, ledger.anchors, ledger.links
-        rows = [_flat(row) for row in (x, w, z, partner if ledger is not None else None)]
+        rows = [flat(row) for row in (x, w, z, partner if ledger is not None else None)]
         (x_rows, *x_at), (w_rows, *w_at), (z_rows, *z_at), (partners, *partners_at) = rows
         with torch.cuda.device_of(z):
             _sweep[(programs,)](
                 x_rows, w_rows, z_rows, y, partners, dots, anchors, links, self.log_decay,
                 before, between, totals, after, pieces.cu_seqlens, pieces.ends, pieces.document,
                 pieces.documents, pieces.time, pieces.tokens, self.tokens, self.tokens // config.anchor + 1,
-                *x_at, *w_at, *z_at, *partners_at, *self.log_decay.stride()[:2], *_sides(before, turned),
-                HEADS=heads, X=wide, Z=columns, WIDTH=_padded(wide), BLOCK=min(config.block, _padded(columns)),
+                *x_at, *w_at, *z_at, *partners_at, *self.log_decay.stride()[:2], *sides(before, turned),
+                HEADS=heads, X=wide, Z=columns, WIDTH=padded(wide), BLOCK=min(config.block, padded(columns)),
                 CHUNK=config.chunk, ANCHOR=config.anchor, REVERSE=reverse, TURNED=turned, PER_TOKEN=self.per_token,
                 OPERAND=operands.dtype, PRECISION=operands.exact if exact else operands.precision,
                 SPLIT=exact and operands.split,
@@ -410,7 +420,7 @@ class _Call:
         self.sweep(None, w, z, None, between=between, totals=totals, reverse=reverse, exact=exact)
         with torch.cuda.device_of(w):
             _chain[(pieces.documents * heads * triton.cdiv(wide * columns, CHAINED),)](
-                before, between, totals, pieces.cu_seqlens, pieces.ends, pieces.time, pieces.tokens, *_sides(before),
+                before, between, totals, pieces.cu_seqlens, pieces.ends, pieces.time, pieces.tokens, *sides(before),
                 HEADS=heads, X=wide, Z=columns, BLOCK=CHAINED,
             )  # fmt: skip
         return between
@@ -452,22 +462,3 @@ class _Ledger(NamedTuple):
         dots, state = (blocks, call.heads, call.tokens), (call.heads, q.shape[-1], values)
         sizes: tuple[tuple[int, ...], ...] = (dots, dots, (count, *state), (blocks, count, call.heads))
         return cls(*(q.new_empty(size, dtype=torch.float32) for size in sizes))
-
-
-def _padded(width: int) -> int:
-    """As products want it: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def _flat(x: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """(B, T, H, X) as tokens with adjacent channels; how far tokens and heads are apart."""
-    if x is None:
-        return None, 0, 0
-    x = x.flatten(0, 1)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, x.stride(0), x.stride(1)
-
-
-def _sides(state: Tensor | None, turned: bool = False) -> tuple[int, ...]:
-    """How far documents, heads and the two sides of a state are apart."""
-    return (0, 0, 0, 0) if state is None else (state.mT if turned else state).stride()

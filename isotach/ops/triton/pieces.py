@@ -52,11 +52,16 @@ class Pieces(NamedTuple):
 def cut(batch: int, time: int, cu_seqlens: Tensor | None, *, programs: int, chunk: int, device: torch.device) -> Pieces:
     """Pieces of whole chunks, for sweeps with `programs` programs per piece, so many that every processor has work."""
     packed, wanted, there = cu_seqlens is not None, 1, processors(device)
-    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
     least = max(1, programs * (1 if packed else batch))  # a pack may be one long document
     if least < there:
         wanted = triton.cdiv(PROGRAMS * there, least)
     tokens = triton.cdiv(max(SHORTEST, triton.cdiv(time, wanted)), chunk) * chunk
+    return divide(batch, time, cu_seqlens, tokens=tokens, device=device)
+
+
+def divide(batch: int, time: int, cu_seqlens: Tensor | None, *, tokens: int, device: torch.device) -> Pieces:
+    """Pieces of so many tokens."""
+    documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
     if tokens >= time:
         return Pieces(documents, documents, 0, tokens, time, cu_seqlens)
     if cu_seqlens is None:

@@ -16,8 +16,8 @@ const GAUGE_EVERY = 250; // ms
 const $ = (id) => document.getElementById(id);
 
 const server = new Server(store.loadKey());
-const book = new Book({ changed, full });
-const work = new Work(server, book, { written, finished, failed, lost });
+const book = new Book({ changed, removed: (id) => work.stop(id), full });
+const work = new Work(server, book, { read: reads, written, finished, failed, lost });
 const messages = new Messages($("messages"));
 let current = book.get(store.loadCurrent())?.id ?? book.list()[0]?.id ?? newId();
 let edited = null; // where an earlier message is edited: {tip, text} to come back to
@@ -119,6 +119,10 @@ function say(place, text) {
 }
 
 // ---- what work tells
+
+function reads(at, id, { read: done, total }) {
+  if (at === current) messages.write(id, `Reading, ${Math.floor((100 * done) / total)} % of ${plural(total, "token")}`);
+}
 
 function written(at, id, { text, arrivals }) {
   if (at !== current) return;

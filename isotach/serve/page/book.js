@@ -1,6 +1,6 @@
 /** The conversations of this browser, by id. Every change is kept at once. */
 
-import { lean, restored } from "./conversation.js";
+import { lean, merged, restored } from "./conversation.js";
 import * as store from "./store.js";
 
 /** Random enough for a name within this browser, also where the page did not come over HTTPS. */
@@ -8,16 +8,23 @@ export function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
+/**
+ * Other tabs of this browser have the same conversations. What they keep is taken in at once, and what this one has added
+ * to it is kept again, so that no tab's messages are lost.
+ */
 export class Book {
   #conversations = new Map();
-  #changed;
-  #full;
+  #own = new Set(); // ids of the messages that were made in this tab
+  #hooks;
 
-  /** changed(id): a conversation is another now. full(error): the browser keeps no more. */
-  constructor({ changed, full }) {
-    this.#changed = changed;
-    this.#full = full;
+  /**
+   * changed(id): a conversation is another now. removed(id): another tab has removed it. full(error): the browser keeps
+   * no more.
+   */
+  constructor(hooks) {
+    this.#hooks = hooks;
     for (const kept of store.loadConversations()) this.#conversations.set(kept.id, restored(kept));
+    store.onConversation((id, kept) => this.#taken(id, kept));
   }
 
   /** The last changed first. */
@@ -31,7 +38,7 @@ export class Book {
 
   put(conversation) {
     this.keep(conversation);
-    this.#changed(conversation.id);
+    this.#hooks.changed(conversation.id);
   }
 
   /** Nothing happens to a conversation that was removed meanwhile. */
@@ -42,17 +49,33 @@ export class Book {
 
   /** As `put`, without telling anybody. */
   keep(conversation) {
+    const before = this.get(conversation.id)?.nodes ?? {};
+    for (const id of Object.keys(conversation.nodes)) if (!before[id]) this.#own.add(id);
     this.#conversations.set(conversation.id, conversation);
     try {
       store.saveConversation(lean(conversation));
     } catch (error) {
-      this.#full(error);
+      this.#hooks.full(error);
     }
   }
 
   remove(id) {
     this.#conversations.delete(id);
     store.removeConversation(id);
-    this.#changed(id);
+    this.#hooks.changed(id);
+  }
+
+  /** Another tab has kept a conversation, or removed it (null). */
+  #taken(id, kept) {
+    const before = this.get(id);
+    if (kept === null) {
+      this.#hooks.removed(id);
+      this.#conversations.delete(id);
+    } else {
+      const both = before ? merged(before, kept, this.#own) : kept;
+      this.#conversations.set(id, both);
+      if (Object.keys(both.nodes).length > Object.keys(kept.nodes).length) this.keep(both);
+    }
+    this.#hooks.changed(id);
   }
 }

@@ -9,9 +9,8 @@
  * - state: { id, tokens, bytes, message_count } of the server's state after this message, null where it has none
  * - bytes, pace: points [tokens so far, bytes of the state] and [tokens so far, ms per token written]
  * - fault: what went wrong with this message, a sentence
- * - opened: true for the first message of a conversation that was taken from the server, which may have read something
- *   before it that is not known here
- * - of a document: name, size and read, characters in all and those that `state` has read
+ * - of a document: name, size and read, characters in all and those that `state` has read; null where it is only known
+ *   that there was something
  * - of an answer: facts, a line about it
  */
 
@@ -68,19 +67,22 @@ export function basis(conversation, id) {
   const messages = [];
   for (const node of path(conversation, id).reverse()) {
     if (node.state) return { state: node.state.id, messages, unread: null };
-    if (node.role === "document" || node.opened) return { state: null, messages, unread: node };
+    if (node.role === "document") return { state: null, messages, unread: node };
     messages.unshift({ role: node.role, content: node.text });
   }
   return { state: null, messages, unread: null };
 }
 
-/** A later state that has read `id`, and how many of its messages to keep for it to end there; null if none has. */
+/**
+ * A later state that has read `id`, and how many of its messages to keep for it to end there (0: what was read before
+ * them); null if none has.
+ */
 export function rewindable(conversation, id) {
   const ahead = children(conversation, id).map((node) => [node, 1]);
   for (const [node, steps] of ahead) {
     if (node.role === "document") continue; // a document is no message to the server, which then counts from it
     const messages = (node.state?.message_count ?? 0) - steps;
-    if (messages >= 1) return { state: node.state.id, messages };
+    if (messages >= 0) return { state: node.state.id, messages };
     ahead.push(...children(conversation, node.id).map((child) => [child, steps + 1]));
   }
   return null;
@@ -128,12 +130,11 @@ export function excerpt(conversation, tip, { id, at, own }) {
 export function fromState(detail, { id, at, newId }) {
   const messages = detail.messages ?? [];
   let conversation = begin(id, at);
-  if (messages.length === 0) {
-    const name = detail.title ?? "A text";
+  if (detail.before !== 0) {
+    const name = (messages.length === 0 && detail.title) || "A text";
     conversation = add(conversation, { id: newId(), role: "document", name, size: null, read: null });
   }
   for (const { role, content } of messages) conversation = add(conversation, { id: newId(), role, text: content });
-  conversation = change(conversation, path(conversation)[0].id, { opened: true });
   return change(conversation, conversation.tip, {
     state: remembered(detail),
     bytes: [[detail.tokens, detail.bytes]],
@@ -156,10 +157,18 @@ export function tokens(conversation) {
   return Math.max(0, ...path(conversation).flatMap((node) => node.bytes.map(([at]) => at)));
 }
 
-/** The first thing that was said or read. */
+/** The first thing that was said or read here. */
 export function title(conversation) {
-  const [first] = path(conversation, leaf(conversation, null)).filter((node) => node.role !== "assistant");
+  const nodes = path(conversation, leaf(conversation, null)).filter((node) => node.role !== "assistant");
+  const first = nodes.find((node) => node.size !== null) ?? nodes[0];
   return first ? (first.name ?? first.text) : "";
+}
+
+/** What another tab has kept, with the messages that only this one has, or has made: those of `own`. */
+export function merged(conversation, kept, own) {
+  const mine = Object.entries(conversation.nodes).filter(([id]) => own.has(id));
+  const nodes = { ...kept.nodes, ...Object.fromEntries(mine) };
+  return { ...kept, nodes, tip: nodes[conversation.tip] ? conversation.tip : kept.tip };
 }
 
 /** What the browser keeps: everything but long texts of documents. */

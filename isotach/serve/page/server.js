@@ -26,17 +26,18 @@ export class Cut extends Error {
 }
 
 /**
- * Server-sent events, as far as they are complete: their data, and the text that is left over for the next call.
- * Comments, which only keep the connection alive, are dropped.
+ * Server-sent events, as far as they are complete: their data, how much of the prompt is read if a comment says so
+ * ({read, total} in tokens, else null), and the text that is left over for the next call.
  */
 export function parseEvents(buffer) {
   const blocks = buffer.split(/\r?\n\r?\n/);
   const rest = blocks.pop();
+  const [, read, total] = blocks.map((block) => /^: progress (\d+)\/(\d+)$/.exec(block)).findLast(Boolean) ?? [];
   const events = blocks
     .map((block) => block.split(/\r?\n/).filter((line) => line.startsWith("data:")))
     .filter((lines) => lines.length > 0)
     .map((lines) => lines.map((line) => line.slice(5).replace(/^ /, "")).join("\n"));
-  return { events, rest };
+  return { events, progress: total ? { read: Number(read), total: Number(total) } : null, rest };
 }
 
 export class Server {
@@ -84,7 +85,7 @@ export class Server {
     return this.#json("POST", "v1/states/import", { file });
   }
 
-  /** The chunks of one answer, as they come. Cut where the stream does not end with [DONE]. */
+  /** The chunks of one answer as they come, and {progress} while its prompt is read. Cut without [DONE] at the end. */
   async *answer(body, signal) {
     const options = { stream: true, stream_options: { include_usage: true }, store: true };
     const response = await this.#request("POST", "v1/chat/completions", { body: { ...body, ...options }, signal });
@@ -96,8 +97,9 @@ export class Server {
         const { done, value } = await reader.read();
         if (done && complete) return;
         if (done) throw new Cut();
-        const { events, rest } = parseEvents(buffer + value);
+        const { events, progress, rest } = parseEvents(buffer + value);
         buffer = rest;
+        if (progress) yield { progress };
         for (const event of events) {
           if (event === "[DONE]") {
             complete = true;

@@ -25,6 +25,13 @@ export const removeConversation = (id) => {
   remove(`conversation/${id}`);
   remove(`draft/${id}`);
 };
+/** take(id, conversation), null for one that was removed: what other tabs of this browser do. */
+export const onConversation = (take) => {
+  const begin = `${PREFIX}conversation/`;
+  window.addEventListener("storage", ({ key, newValue }) => {
+    if (key?.startsWith(begin)) take(key.slice(begin.length), newValue === null ? null : JSON.parse(newValue));
+  });
+};
 
 export const loadCurrent = () => load("current", null);
 export const saveCurrent = (id) => save("current", id);

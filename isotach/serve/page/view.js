@@ -51,7 +51,7 @@ export class Messages {
     if (focus && !document.contains(focused)) this.#focus(focus);
   }
 
-  /** The text of an answer that is being written. */
+  /** The text of an answer that is being written, or how far it has come with what it reads before. */
   write(id, text) {
     const found = this.#shown.get(id)?.item.querySelector(".text");
     if (found) found.textContent = trimmed(text);
@@ -116,7 +116,7 @@ function factsOf({ role, facts = null }) {
   return element("p", { class: "facts" }, told.filter((part) => part).join(" · "));
 }
 
-function actions({ role, parent, opened, read, size: whole, text, name, fault }, { last, answered }) {
+function actions({ role, parent, read, size: whole, text, name, fault }, { last, answered }) {
   const about = { user: "this message", assistant: "this answer", document: name }[role];
   const made = (action, word, label) => button(action, word, { label: `${word}: ${label}` });
   const unread = role === "document" && text !== null && read < whole;
@@ -125,7 +125,7 @@ function actions({ role, parent, opened, read, size: whole, text, name, fault },
     { class: "actions" },
     last && unread ? made("resume", "Go on reading", about) : null,
     last && role === "user" ? made("answer", fault ? "Send again" : "Answer", about) : null,
-    role === "user" && !opened ? made("edit", "Edit", about) : null,
+    role === "user" ? made("edit", "Edit", about) : null,
     role === "assistant" && parent !== null ? made("again", "Again", "another answer") : null,
     last ? null : made("rewind", "Rewind", `go back to ${about}`),
     made("branch", "Branch", `a new conversation from ${about} on`),

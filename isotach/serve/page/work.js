@@ -20,7 +20,8 @@ export class Work {
   #running = new Map(); // conversation id -> AbortController
 
   /**
-   * hooks: written(conversation, answer, {text, arrivals}) while an answer comes; failed(error); lost() where the server
+   * hooks: written(conversation, answer, {text, arrivals}) while an answer comes, and before it read(conversation,
+   * answer, {read, total}) while the server reads what comes before it; failed(error); lost() where the server
    * has forgotten a conversation, which is read again; finished(conversation, message).
    */
   constructor(server, book, hooks) {
@@ -169,7 +170,8 @@ export class Work {
     }
   }
 
-  #take(at, id, live, { choices: [choice], usage }) {
+  #take(at, id, live, { choices: [choice] = [], usage, progress }) {
+    if (progress) this.#hooks.read(at, id, progress);
     live.usage = usage ?? live.usage;
     if (!choice) return;
     live.state = choice.state ?? live.state;
@@ -212,7 +214,10 @@ export class Work {
   /** {state, messages}: what a request that goes on behind message `id` says. */
   async #ground(at, id, signal) {
     const look = () => tree.basis(this.#book.get(at), id);
-    if (look().unread && !(await this.#fork(at, id))) await this.#read(at, look().unread.id, signal);
+    const { unread } = look();
+    if (unread && !(await this.#fork(at, id)) && !(await this.#fork(at, unread.id))) {
+      await this.#read(at, unread.id, signal);
+    }
     const { state, messages } = look();
     return { messages, ...(state && { state }) };
   }
