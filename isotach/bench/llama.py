@@ -14,6 +14,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -96,18 +97,16 @@ def _serve(connection: Connection, weights: str, contexts: Sequence[int], steps:
 
 class _Model:
     def __init__(self, weights: str, threads: int) -> None:
-        from llama_cpp import llama_cpp
-
-        self.api: Any = llama_cpp
+        self.api: Any = import_module("llama_cpp.llama_cpp")
         self.threads = threads
-        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._quiet, None)
-        llama_cpp.llama_backend_init()
-        parameters = llama_cpp.llama_model_default_params()
+        self._quiet = self.api.llama_log_callback(lambda level, text, data: None)
+        self.api.llama_log_set(self._quiet, None)
+        self.api.llama_backend_init()
+        parameters = self.api.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(weights.encode(), parameters)
-        self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
-        self.size: int = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
+        self.model = self.api.llama_model_load_from_file(weights.encode(), parameters)
+        self.vocabulary = self.api.llama_model_get_vocab(self.model)
+        self.size: int = self.api.llama_vocab_n_tokens(self.vocabulary)
 
     def complete(self, text: str) -> str:
         """The likeliest next token."""

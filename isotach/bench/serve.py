@@ -55,9 +55,9 @@ def measure(
     context: int = 100_000,
     rounds: int = 8,
     tokens: int = 48,
-    warm: int = 1_000,
+    warm: int = 1_500,
     requests: int = 10_000,
-    seconds: float = 110.0,
+    seconds: float = 100.0,
 ) -> Result:
     """Untrained presets, one server each, and the soak of a toy: under six minutes on two idle cores.
 

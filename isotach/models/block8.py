@@ -54,9 +54,13 @@ class Block8(nn.Module):
         assert isinstance(mixer, Lightning)
         assert isinstance(ffn, GLU)
         assert mixer.gate is not None
+        assert isinstance(mixer.norm, SRMSNorm)
+        assert isinstance(block.mixer_norm, SRMSNorm)
+        assert isinstance(block.ffn_norm, SRMSNorm)
         self.heads, self.recurrence = mixer.heads, Decay()
         self.silu = ffn.activation == "silu"
-        self.mixer_norm, self.norm, self.ffn_norm = block.mixer_norm, mixer.norm, block.ffn_norm
+        norms = (block.mixer_norm, mixer.norm, block.ffn_norm)
+        self.mixer_norm, self.norm, self.ffn_norm = (SRMSNorm(norm.width, eps=norm.eps) for norm in norms)
         self.qkvu = Linear8.of(mixer.q, mixer.k, mixer.v, mixer.gate, empty=empty)
         self.out = Linear8.of(mixer.out, empty=empty)
         self.gate_up = Linear8.of(ffn.gate, ffn.up, empty=empty)
@@ -89,8 +93,8 @@ class Block8(nn.Module):
         """As Block.forward; `shared` is for other blocks."""
         batch, time, width = x.shape
         before = None if state is None else state["main"]
-        alone = time == 1 and before is not None and span.cu_seqlens is None and span.group is None
-        if alone and self.theta is None and batch <= FEW and x.dtype == torch.float32 and x.device.type == "cpu":
+        one = time == 1 and span.cu_seqlens is None and span.group is None and x.device.type == "cpu"
+        if before is not None and one and self.theta is None and batch <= FEW and x.dtype == torch.float32:
             x, after = self.step(x, before.state)
             return x, {"main": Decay.State(after)}
         qkvu = self.qkvu.product(self.mixer_norm(x)).to(x.dtype)
@@ -100,15 +104,14 @@ class Block8(nn.Module):
             angle = angles(span.positions, self.theta)
             q, k = lrpe(q, angle), lrpe(k, angle)
         inputs = Decay.Inputs(q, k, v, self.log_decay.expand(batch, -1, -1, -1))
-        o, after = advance(self.recurrence, inputs, before, span)
+        o, memory = advance(self.recurrence, inputs, before, span)
         o = self.norm(o.view(batch, time, width)) * u.reshape(batch, time, width)
         x = x + self.out.product(o).view(batch, time, width)
         gate, up = self.gate_up.product(self.ffn_norm(x)).chunk(2, -1)
         if self.silu:
             gate = F.silu(gate.to(x.dtype))
-        return x + self.down.product(gate * up).view(batch, time, width), {"main": after}
+        return x + self.down.product(gate * up).view(batch, time, width), {"main": memory}
 
-    @torch.no_grad()
     def step(
         self, x: Float[Tensor, "B 1 D"], state: Float[Tensor, "B H K V"]
     ) -> tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B H K V"]]:
@@ -135,10 +138,17 @@ class Block8(nn.Module):
         return x + product((gate * up).to(torch.bfloat16), *down).view(batch, 1, width), state
 
     def _collect(self) -> Parts:
-        matrices = ((layer.weight, layer.scale) for layer in (self.qkvu, self.out, self.gate_up, self.down))
-        norms = (self.mixer_norm, self.norm, self.ffn_norm)
-        eps = (self.log_decay.new_full((1, 1, 1), norm.eps) for norm in norms)
-        self._parts = Parts(*matrices, *eps, self.log_decay.exp().view(1, -1, 1, 1))
+        def parts(layer: Linear8) -> tuple[Tensor, Tensor]:
+            return layer.weight, layer.scale.to(torch.bfloat16)
+
+        def eps(norm: SRMSNorm) -> Tensor:
+            return self.log_decay.new_full((1, 1, 1), norm.eps)
+
+        self._parts = Parts(
+            *(parts(self.qkvu), parts(self.out), parts(self.gate_up), parts(self.down)),
+            *(eps(self.mixer_norm), eps(self.norm), eps(self.ffn_norm)),
+            fade=self.log_decay.exp().view(1, -1, 1, 1),
+        )
         return self._parts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

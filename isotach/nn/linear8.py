@@ -89,7 +89,7 @@ def product(x: Float[Tensor, "... I"], weight: Int[Tensor, "O I"], scale: Float[
     rows, on_cpu = x.reshape(-1, x.shape[-1]), x.device.type == "cpu"
     if x.dtype == torch.float64:
         return F.linear(rows, weight.double()) * scale.double()
-    rows = rows.to(torch.bfloat16)
+    rows, scale = rows.to(torch.bfloat16), scale.to(torch.bfloat16)
     if on_cpu and rows.shape[0] <= FEW:
         return torch._weight_int8pack_mm(rows, weight, scale)
     if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -66,7 +66,8 @@ def main(width: int) -> None:
 
 def channels(time: int) -> None:
     """A pack of documents that are cut, with a decay per channel."""
-    q, k, v, log_decay = (torch.empty(1, time, 3, 64, dtype=torch.bfloat16) for _ in range(4))
+    q, k, v = (torch.empty(1, time, 3, 64, dtype=torch.bfloat16) for _ in range(3))
+    log_decay = torch.empty(1, time, 3, 64)
     bounds, state = torch.tensor([0, time - 9, time]), torch.empty(2, 3, 64, 64)
     channel.forward(q, k, v, log_decay, state, bounds, None)
     channel._backward(v, state, q, k, v, log_decay, state, bounds, None, True, True)

@@ -45,7 +45,9 @@ def test_published_sizes(name: str) -> None:
     assert abs(count / printed - 1) < within
 
 
-@pytest.mark.parametrize(("name", "about"), [("tnl-1m", 1e6), ("tnl-10m", 10e6), ("tnl-44m", 44e6)])
+@pytest.mark.parametrize(
+    ("name", "about"), [("tnl-1m", 1e6), ("tnl-10m", 10e6), ("tnl-44m", 44e6), ("tnl-135m", 135e6)]
+)
 def test_small_sizes(name: str, about: float) -> None:
     with torch.device("meta"):
         count = Decoder(parse(ModelConfig, {"preset": name}, who="test")).parameter_count()

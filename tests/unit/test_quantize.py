@@ -66,7 +66,7 @@ def test_products_round_what_they_read_and_write_and_nothing_between(rows: int) 
     x = torch.randn(rows, 96, generator=generator(0, "x"))
     exact = F.linear(x.to(torch.bfloat16).double(), whole.double()) * scale.double()
     got = product(x, whole, scale)
-    assert got.dtype == torch.float32
+    assert got.dtype == torch.bfloat16
     # Two roundings where the product comes before the scale; sums themselves are off by far less.
     assert bool(((got - exact).abs() <= 2 * BFLOAT * exact.abs() + 1e-6 * exact.abs().amax(0)).all())
     assert product(x.double(), whole, scale).dtype == torch.float64
@@ -137,6 +137,21 @@ def test_joined_blocks_are_the_blocks_piece_by_piece() -> None:
     packed, _ = model(text, span=Span.packed(bounds))
     assert distance(packed[:, :13], exact(text[:, :13])[0]) < noise
     assert distance(packed[:, 13:], exact(text[:, 13:])[0]) < noise
+
+
+@torch.no_grad()
+def test_steps_follow_the_weights_wherever_they_go() -> None:
+    """Steps gather what they read; a model that moves, is copied, or is given other weights is not the old one."""
+    model, other = int8(decoder()), int8(Decoder(decoder().config, seed=1))
+    text = tokens(1, 6)
+    _, state = model(text)
+    _, others = other(text)
+    before, expected = model(text[:, :1], state)[0], other(text[:, :1], others)[0]
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied(text[:, :1], others)[0], expected)
+    assert torch.equal(model(text[:, :1], state)[0], before)
+    assert torch.equal(model.double().float()(text[:, :1], state)[0], before)
 
 
 @torch.no_grad()

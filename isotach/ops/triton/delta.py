@@ -87,10 +87,10 @@ HEADS = {
     (torch.bfloat16, 128): Config(64, 32, 64, 8, 2, 1024, 170 << 10),
     (torch.bfloat16, 256): Config(32, 16, 32, 8, 2, 1024, 170 << 10),
     (torch.float16, 64): Config(32, 16, 32, 4, 2, 1024, 99 << 10),
-    (torch.float16, 128): Config(32, 16, 32, 4, 2, 1024, 99 << 10),
+    (torch.float16, 128): Config(32, 16, 32, 8, 2, 1024, 99 << 10),
     (torch.float16, 256): Config(32, 16, 32, 8, 2, 1024, 170 << 10),
     (torch.float32, 64): Config(16, 16, 32, 8, 1, 64, 48 << 10),
-    (torch.float32, 128): Config(16, 16, 32, 8, 1, 64, 48 << 10),
+    (torch.float32, 128): Config(16, 16, 16, 8, 1, 64, 48 << 10),
     (torch.float32, 256): Config(16, 16, 16, 8, 1, 64, 99 << 10),
 }
 CHANNELS = {
@@ -101,7 +101,7 @@ CHANNELS = {
     (torch.float16, 128): Config(32, 16, 32, 8, 1, 1024, 99 << 10),
     (torch.float16, 256): Config(16, 16, 32, 8, 1, 1024, 170 << 10),
     (torch.float32, 64): Config(16, 16, 32, 8, 1, 64, 48 << 10),
-    (torch.float32, 128): Config(16, 16, 32, 8, 1, 64, 48 << 10),
+    (torch.float32, 128): Config(16, 16, 16, 8, 1, 64, 48 << 10),
     (torch.float32, 256): Config(16, 16, 16, 8, 1, 64, 99 << 10),
 }
 
@@ -267,8 +267,8 @@ class _Call:
         config = _config(q, v, log_decay, chunk_size)
         assert isinstance(config, Config), config  # run has refused already
         self.config, self.q, self.beta = config, q, beta
-        # What Delta writes it also erases.
-        self.read, self.erase, self.write = (k, k, None) if read is None or erase is None else (read, erase, k)
+        self.read, self.erase = (k, k) if read is None or erase is None else (read, erase)
+        self.write = None if erase is None else k  # Delta writes where it erases
         self.batch, time, self.heads, self.width = q.shape
         self.values = v.shape[-1]
         self.per_token, self.per_channel = log_decay.shape[1] != 1, log_decay.shape[-1] != 1
@@ -279,8 +279,9 @@ class _Call:
         if q.dtype == torch.bfloat16 and (self.per_channel or not alike):
             self.operands = WIDE
         programs = self.heads * self.blocks(self.values)
-        place = {"chunk": config.chunk, "device": q.device}
-        self.pieces = cut(self.batch, time, cu_seqlens, programs=programs, **place)
+        self.pieces = cut(
+            self.batch, time, cu_seqlens, programs=programs, chunk=config.chunk, device=q.device
+        )  # fmt: skip
         self.matrices = self._matrices(cu_seqlens)
 
     @property
@@ -337,12 +338,10 @@ class _Call:
         programs = pieces.limit * heads * blocks
         if programs == 0:
             return
+        read, erase, write, reader = self.read, self.erase, self.write, self.q
         if reverse:
-            reader = None if y is None else self.write
-            keys = self.erase, self.read, self.q, values, reader
-        else:
-            keys = self.read, self.erase, self.write, values, None if y is None else self.q
-        rows = [flat(x) for x in (*keys, self.beta)]
+            read, erase, write, reader = erase, read, reader, write
+        rows = [flat(x) for x in (read, erase, write, values, None if y is None else reader, self.beta)]
         with torch.cuda.device_of(values):
             kernels.solve[(programs,)](
                 *(row for row, _, _ in rows), self.log_decay, self.matrices, solved, y,
@@ -367,7 +366,7 @@ class _Call:
             kernels.chain[(pieces.documents * heads * triton.cdiv(self.values, CHAINED),)](
                 before, between, transitions, pieces.cu_seqlens, pieces.ends, pieces.time, pieces.tokens,
                 *sides(before), HEADS=heads, K=width, V=self.values, WIDTH=padded(width), SLICE=16, BLOCK=CHAINED,
-                EXACT=self.operands.exact,
+                EXACT=self.operands.exact, num_warps=8, maxnreg=REGISTERS,
             )  # fmt: skip
         return between
 

@@ -30,7 +30,7 @@ def invert(  # type: ignore[no-untyped-def]
     own = find_piece(number, document, cu_seqlens, time, CHUNK)
     if own >= documents:
         return
-    start, length, _, slot = find_document(own, cu_seqlens, ends, time, CHUNK)
+    start, length, _pieces, slot = find_document(own, cu_seqlens, ends, time, CHUNK)
     since_start = (number - slot - own) * CHUNK
     token, count = start + since_start, length - since_start
     rows = tl.arange(0, CHUNK)
