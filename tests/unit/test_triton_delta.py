@@ -4,6 +4,7 @@ The oracle is the family's definition in float64. What is allowed is law 7's: tw
 backend on the same inputs.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from isotach.ops.triton import delta as kernels
 from isotach.ops.triton import pieces
 from tests.unit.interpreter import WIDE, Case, compiled_and_plain, drawn, hopper, interpreted, replayed, span
 
+PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16x3")
 BOUNDS = [0, 1, 2, 18, 18, 53, 53]  # documents of one token, of none, inside a chunk and across chunks
 
 
@@ -57,7 +59,10 @@ def case(
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Kernels run in the interpreter, which multiplies as precisely as they ask: TF32 keeps 10 bits."""
+    """Kernels run in the interpreter, which multiplies as precisely as they ask.
+
+    Of a float32 factor TF32 keeps 11 bits, and bf16x3 two bfloat16, whose rests are not multiplied with each other.
+    """
     for family in (Delta, SplitDelta):
         interpreted(monkeypatch, family)
     from triton import language
@@ -72,12 +77,24 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         bits = (np.ascontiguousarray(value.data).view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
         return interpreter.TensorHandle(bits.view(np.float32), language.float32)
 
+    def halves(value: Any) -> list[Any]:
+        whole = torch.from_numpy(np.ascontiguousarray(value.data))
+        near = whole.bfloat16().float()
+        rest = (whole - near).bfloat16().float()
+        return [interpreter.TensorHandle(half.numpy(), language.float32) for half in (near, rest)]
+
     def multiply(self: Any, a: Any, b: Any, into: Any, precision: Any, *rest: Any) -> Any:
-        if precision == ir.INPUT_PRECISION.TF32:
+        if precision == ir.INPUT_PRECISION.BF16x3:
+            (a, a_rest), (b, b_rest) = halves(a), halves(b)
+            for x, y in ((a_rest, b), (a, b_rest)):
+                into = dot(self, x, y, into, precision, *rest)
+        elif precision == ir.INPUT_PRECISION.TF32:
             a, b = rounded(a), rounded(b)
         return dot(self, a, b, into, precision, *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply)
+    known = replace(interpreter.interpreter_builder.options, allowed_dot_input_precisions=PRECISIONS)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", known)
     return monkeypatch
 
 

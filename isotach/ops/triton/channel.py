@@ -64,7 +64,8 @@ class Config(NamedTuple):
 
 
 # By dtype of the queries and the wider of K and V, at most. Reasoned, and checked for what the compiler reports: few
-# spilled registers but where chunks decay strongly and for float32 at 256; two programs per processor at 128. Not measured.
+# spilled registers but where chunks decay strongly and in float32 at 256, two programs per processor at 128.
+# Not measured.
 CONFIGS = {
     (torch.bfloat16, 64): Config(16, 64, 4, 2, 256, 36 << 10),
     (torch.bfloat16, 128): Config(16, 64, 4, 2, 256, 56 << 10),

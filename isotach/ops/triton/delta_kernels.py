@@ -270,12 +270,12 @@ def solve(  # type: ignore[no-untyped-def]
         if reader is not None:
             qs = _at(reader, token, head, reader_token, reader_head, rows[:, None], wide[None, :], count, K)
             qs = qs.to(OPERAND)
-            out = _far(qs, state, into, PER_CHANNEL, OPERAND, PRECISION, False)
+            out = _far(qs, state, into, PER_CHANNEL, OPERAND, PRECISION, SPLIT)
             scores = _near(
                 qs, es, seen, base + (READ_WRITE if REVERSE else QUERY_ERASE) * each, rows, count,
                 HEADS, REVERSE, not REVERSE, PER_CHANNEL, PRECISION,
             )  # fmt: skip
-            out = tl.dot(scores.to(OPERAND), change.to(OPERAND), out, input_precision=PRECISION)
+            out = product(scores.to(OPERAND), change, out, OPERAND, PRECISION, SPLIT)
             if write is not None:
                 scores = _near(
                     qs, ks, seen, base + QUERY_WRITE * each, rows, count, HEADS, REVERSE, True, PER_CHANNEL, PRECISION
@@ -403,7 +403,7 @@ def differentiate(  # type: ignore[no-untyped-def]
     before_document, before_head, before_k, before_v,
     HEADS: tl.constexpr, V: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, ANCHOR: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):
     # fmt: on
     """One piece, head and block of key columns; the state, or its gradient, is (V, BLOCK) here."""
@@ -475,7 +475,7 @@ def differentiate(  # type: ignore[no-untyped-def]
             x2s = _at(x2, token, head, x2_token, x2_head, rows[:, None], wide[None, :], count, V).to(tl.float32)
             near, own2 = _pair(x2s, w1s, z1s, seen, into, now, later, rows, LEVELS, REVERSE, PER_CHANNEL, PRECISION)
             out2 = into * tl.dot(x2s, state, input_precision=PRECISION) + near
-        state = state * last + tl.dot(w1s, z1s * left, input_precision=PRECISION)
+        state = state * last + tl.dot(w1s, z1s * left, input_precision=EXACT)
         if w2 is not None:
             w2s = _at(w2, token, head, w2_token, w2_head, rows[None, :], wide[:, None], count, V).to(tl.float32)
             z2s = _at(z2, token, head, z2_token, z2_head, rows[:, None], columns[None, :], count, K).to(tl.float32)
@@ -486,7 +486,7 @@ def differentiate(  # type: ignore[no-untyped-def]
             if x2 is not None:
                 near, _ = _pair(x2s, w2s, z2s, seen, into, now, later, rows, LEVELS, REVERSE, PER_CHANNEL, PRECISION)
                 out2 -= near
-            state -= tl.dot(w2s, z2s * left, input_precision=PRECISION)
+            state -= tl.dot(w2s, z2s * left, input_precision=EXACT)
 
         p1s = _at(p1, token, head, p1_token, p1_head, rows[:, None], columns[None, :], count, K)
         read_now = p1s.to(tl.float32) * out1
