@@ -110,6 +110,11 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- in the interpreter
 
 
+def label(value: object) -> str | None:
+    """The same in every process, as tests that run side by side need."""
+    return value.name if isinstance(value, Recurrence) else getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize(
     ("rec", "variant", "how"),
     [
@@ -121,7 +126,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
         (SplitDelta(), "channel", {"width": 40, "time": 35}),
         (SplitDelta(), "channel", {"bounds": BOUNDS, "time": 53, "hard": True}),
     ],
-    ids=str,
+    ids=label,
 )
 def test_values_and_gradients(on_cpu: pytest.MonkeyPatch, rec: Recurrence, variant: str, how: dict[str, Any]) -> None:
     ratios = case(rec, variant, **how).excess(chunk_size=16)
@@ -142,7 +147,7 @@ def test_cut_documents(on_cpu: pytest.MonkeyPatch, rec: Recurrence, variant: str
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rec", "variant"), [(Delta(), "token"), (SplitDelta(), "channel")], ids=str)
+@pytest.mark.parametrize(("rec", "variant"), [(Delta(), "token"), (SplitDelta(), "channel")], ids=label)
 def test_sixteen_bits(on_cpu: pytest.MonkeyPatch, rec: Recurrence, variant: str, dtype: torch.dtype) -> None:
     ratios = case(rec, variant, dtype=dtype, time=21).excess(dtype, chunk_size=16)
     assert max(ratios.values()) <= 2, ratios
@@ -229,7 +234,7 @@ def test_what_kernels_do_not_take(
         assert backends.find(rec, "auto", x, chunk_size) is backends.find(rec, "torch", x, chunk_size)
 
 
-@pytest.mark.parametrize(("rec", "kernel"), [(Delta(), kernels.delta), (SplitDelta(), kernels.split_delta)], ids=str)
+@pytest.mark.parametrize(("rec", "kernel"), [(Delta(), kernels.delta), (SplitDelta(), kernels.split_delta)], ids=label)
 def test_kernels_serve_every_kind_of_decay(on_cpu: pytest.MonkeyPatch, rec: Recurrence, kernel: Any) -> None:
     for variant in rec.variants:
         x = rec.Inputs(*(leaf.float() for leaf in case(rec, variant, time=3).x))
@@ -290,7 +295,7 @@ GPU: list[tuple[Recurrence, str, dict[str, Any]]] = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rec", "variant", "how"), GPU, ids=str)
+@pytest.mark.parametrize(("rec", "variant", "how"), GPU, ids=label)
 def test_law_7_on_a_gpu(rec: Recurrence, variant: str, how: dict[str, Any], dtype: torch.dtype) -> None:
     ratios = case(rec, variant, **how, dtype=dtype, where="cuda").excess(dtype)
     assert max(ratios.values()) <= 2, ratios
