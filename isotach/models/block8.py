@@ -5,7 +5,7 @@
 
 The same numbers as models/decoder.py's Block with mixers/lightning.py and nn/ffn.py's GLU in eight bits. In a step the
 products are over so soon that what lies between them counts, down to the look-up of an attribute: `step` does what
-`forward` does for one token, in half the time between products.
+`forward` does for one token, with less of that (docs/log.md).
 """
 
 from collections.abc import Callable

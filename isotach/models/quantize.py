@@ -66,7 +66,7 @@ def make_room(decoder: "Decoder", weights: Mapping[str, Tensor]) -> None:
 def gather(decoder: "Decoder") -> None:
     """Lay the integers of a model on the CPU end to end in large pages, where the system has them.
 
-    A step reads all of them once, and in pages of 4 KiB a fifth of its time goes to looking pages up.
+    A step reads all of them once, and in pages of 4 KiB a tenth of its time goes to looking pages up (docs/log.md).
     """
     layers = [layer for layer in decoder.modules() if isinstance(layer, Linear8 | Embedding8)]
     if not hasattr(mmap, "MADV_HUGEPAGE") or decoder.device.type != "cpu" or not layers:

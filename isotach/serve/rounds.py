@@ -89,7 +89,7 @@ class Job:
     - ids: what is to be read, the last of it as the first step; past: what comes before them.
     - path: the chain after each of them; need: bytes reserved.
     - cuts: positions whose state is kept, ascending; the last is where reading ends.
-    - most: tokens of it that may be read at once; stretch: seconds that nothing could interrupt when some last were.
+    - most: tokens of it that may be read at once.
     - ahead: seconds that newcomers had while it stood still, beyond what it had since.
     - skipped: calls in a row that read nothing of it; scores: of the prompt, where they are asked for.
     - reading: while it reads.
@@ -103,7 +103,6 @@ class Job:
     need: int
     cuts: list[int] = field(default_factory=list)
     most: int = CALL
-    stretch: float = 0.0
     ahead: float = 0.0
     skipped: int = 0
     scores: list[Drawn] = field(default_factory=list)
@@ -114,13 +113,16 @@ class Job:
 class Call:
     """One call that reads, while it is made.
 
-    - looked: when somebody last could have had a turn; stretch: the longest time in which nobody could, in seconds.
+    - looked: when somebody last could have had a turn; worked: the same on the clock that stands still while the
+      thread does not run, so that what others do on this machine is not the operation's fault.
+    - stretch: the longest time on that clock in which nobody could, in seconds.
     - ahead: as its requests have it.
     """
 
     slices: Sequence[tuple[Job, int]]
     tokens: int
     looked: float
+    worked: float
     stretch: float = 0.0
     ahead: float = 0.0
 
@@ -155,7 +157,8 @@ class Rounds:
         self._leaving: set[Ticket] = set()  # cancelled, and not yet let out
         self._calls: list[Call] = []  # under way; all but the last stand still
         self._shortest = math.inf  # of the requests that there are news of
-        self._wrote, self._step, self._fastest = 0.0, 0.0, math.inf  # when the last step ended, how long steps take
+        self._wrote, self._step = 0.0, 0.0  # when the last step ended, and how long it took
+        self._fastest = math.inf  # of all steps, on the clock of a call's stretch
         self._counts: Counter[str] = Counter()
         self._misses: Counter[Miss] = Counter()
         self._finished: Counter[str] = Counter()
@@ -345,7 +348,7 @@ class Rounds:
 
     def _outputs(self, slices: Sequence[tuple[Job, int]]) -> list[Float[Tensor, "T D"]]:
         tokens, ahead = sum(count for _, count in slices), max(job.ahead for job, _ in slices)
-        call = Call(slices, tokens, time.perf_counter(), ahead=ahead)
+        call = Call(slices, tokens, time.perf_counter(), time.thread_time(), ahead=ahead)
         self._calls.append(call)
         try:
             with _Between(self._look):
@@ -354,10 +357,9 @@ class Rounds:
             self._calls.pop()
             for job, _ in slices:
                 job.ahead = call.ahead
-        call.stretch = max(call.stretch, time.perf_counter() - call.looked)
-        for job, _ in slices:  # the shorter of two: a pause of this thread is not the operation's fault
-            job.most = pace(job.most, stretch=min(job.stretch, call.stretch), step=self._fastest)
-            job.stretch = call.stretch
+        call.stretch = max(call.stretch, time.thread_time() - call.worked)
+        for job, _ in slices:
+            job.most = pace(job.most, stretch=call.stretch, step=self._fastest)
         return outputs
 
     # ---- while a call stands still
@@ -365,13 +367,13 @@ class Rounds:
     def _look(self) -> None:
         """Between two operations of a call."""
         call, now = self._calls[-1], time.perf_counter()
-        call.stretch = max(call.stretch, now - call.looked)
+        call.stretch = max(call.stretch, time.thread_time() - call.worked)
         call.ahead = max(0.0, call.ahead - PATIENCE * (now - call.looked))
         writing = bool(self._rows) and now - self._wrote >= self._step  # has as much time as reading
         if writing or (self._shortest < call.tokens and call.ahead < CREDIT):
             self._stand_still(call, now, writing=writing)
             now = time.perf_counter()
-        call.looked = now
+        call.looked, call.worked = now, time.thread_time()
 
     def _stand_still(self, call: Call, since: float, *, writing: bool) -> None:
         """A round of those who may not wait for the end of a call.
@@ -442,7 +444,7 @@ class Rounds:
         """One token in every row."""
         if not self._rows:
             return
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.thread_time()
         try:
             outcomes = self._batch.step()
         except Exception as error:  # noqa: BLE001  told to who asked, and logged
@@ -452,7 +454,7 @@ class Rounds:
             return
         self._wrote = time.perf_counter()
         self._step = self._wrote - began
-        self._fastest = min(self._fastest, self._step)
+        self._fastest = min(self._fastest, time.thread_time() - worked)
         for row, outcome, past in outcomes:
             job = self._rows[row]
             if isinstance(outcome, Exception):

@@ -283,7 +283,7 @@ def test_two_tabs_lose_nothing_of_each_other(served: Served, visit: Visitor) -> 
 
 def test_it_is_shown_how_far_a_long_message_is_read(served: Served, visit: Visitor) -> None:
     page = visit(served.url)
-    with reading_slowly(0.25):
+    with reading_slowly(0.5):
         send(page, "long " * 1200)
         expect(page.locator("li.assistant .text")).to_have_text(re.compile(r"^Reading, \d+ % of 6,0\d\d tokens$"))
         rest(page)
