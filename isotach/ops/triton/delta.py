@@ -84,7 +84,7 @@ class Config(NamedTuple):
 # By dtype of the queries and the wider of K and V, at most; one decay per head, and one per channel. Chosen by what the
 # compiler reports: few spilled registers. Not measured.
 HEADS = {
-    (torch.bfloat16, 64): Config(64, 32, 64, 4, 2, 256, 144 << 10),
+    (torch.bfloat16, 64): Config(64, 16, 64, 4, 2, 256, 144 << 10),
     (torch.bfloat16, 128): Config(64, 16, 64, 8, 2, 256, 216 << 10),
     (torch.bfloat16, 256): Config(32, 16, 32, 8, 2, 256, 170 << 10),
     (torch.float16, 64): Config(32, 16, 32, 4, 2, 256, 99 << 10),
@@ -95,7 +95,7 @@ HEADS = {
     (torch.float32, 256): Config(16, 16, 16, 8, 1, 64, 99 << 10),
 }
 CHANNELS = {
-    (torch.bfloat16, 64): Config(32, 16, 64, 4, 2, 256, 112 << 10),
+    (torch.bfloat16, 64): Config(32, 16, 64, 8, 2, 256, 99 << 10),
     (torch.bfloat16, 128): Config(32, 16, 32, 8, 2, 256, 144 << 10),
     (torch.bfloat16, 256): Config(16, 16, 32, 8, 2, 256, 170 << 10),
     (torch.float16, 64): Config(32, 16, 32, 4, 1, 256, 99 << 10),

@@ -394,7 +394,7 @@ def chain(  # type: ignore[no-untyped-def]
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["documents", "time", "piece", "tokens", "anchored", "decay_token", "decay_head"])
+@triton.jit(do_not_specialize=["documents", "time", "piece", "tokens", "decay_token", "decay_head"])
 def differentiate(  # type: ignore[no-untyped-def]
     x1, x2, w1, w2, z1, z2, p1, p2, y1, y2, beta, dbeta, partial, terms, anchors, dlog, log_decay,
     before, between, met, met_between, cu_seqlens, ends, document, documents, time, piece, tokens,
