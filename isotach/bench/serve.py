@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -183,9 +184,12 @@ def _overhead(visit: _Visit, decoder: Decoder, tokens: int) -> None:
     start = Past(decoder.initial(), TokenChain.empty(BYTES.vocab_size), LETTERS[0])
     seconds: dict[str, list[float]] = {"http": [], "bare": []}
 
+    def keep(who: str, arrivals: Sequence[float]) -> None:
+        """The median of a turn's tokens: a pause of the machine is nobody's overhead."""
+        seconds[who].append(statistics.median(b - a for a, b in pairwise(arrivals)))
+
     def streamed() -> None:
-        arrivals = [time.perf_counter() for _ in _tokens(visit.server, body, tokens)]
-        seconds["http"].append((arrivals[-1] - arrivals[0]) / (tokens - 1))
+        keep("http", [time.perf_counter() for _ in _tokens(visit.server, body, tokens)])
 
     def bare() -> None:
         batch = Batch(decoder, BYTES)
@@ -194,9 +198,9 @@ def _overhead(visit: _Visit, decoder: Decoder, tokens: int) -> None:
         while len(batch):
             batch.step()
             arrivals.append(time.perf_counter())
-        seconds["bare"].append((arrivals[-1] - arrivals[0]) / (tokens - 1))
+        keep("bare", arrivals)
 
-    interleave({"http": streamed, "bare": bare}, rounds=visit.rounds, device=decoder.device)
+    interleave({"http": streamed, "bare": bare}, rounds=2 * visit.rounds, device=decoder.device)
     http_s, bare_s = seconds["http"][1:], seconds["bare"][1:]
     visit.row("a token, bare", bare_s)
     visit.row("a token, over HTTP", http_s)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 # 23, 20, 11 and 9 thousand.
 CALL = 512  # tokens of a call at most
 LEAST = 32  # tokens of a call, however long its operations take
+SOON = 0.005  # seconds: an operation that ends so soon keeps nobody waiting, however quick a step of the model is
 PATIENCE = 3
 ROWS = 256  # a step of more is bound by arithmetic already: they would only slow each other down
 
@@ -58,9 +59,10 @@ def pace(tokens: int, *, stretch: float, step: float) -> int:
 
     Attention over all that was read takes longer the more that is; half a step is what everybody else can wait for.
     """
-    if stretch > step / 2:
+    most = max(SOON, step / 2)
+    if stretch > most:
         return max(LEAST, tokens // 2)
-    return min(CALL, 2 * tokens) if stretch < step / 4 else tokens
+    return min(CALL, 2 * tokens) if stretch < most / 2 else tokens
 
 
 def admit(needs: Sequence[int], *, free: int, rows: int) -> int:

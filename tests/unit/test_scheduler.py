@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotach.serve.scheduler import CALL, LEAST, PATIENCE, Demand, admit, pace, plan
+from isotach.serve.scheduler import CALL, LEAST, PATIENCE, SOON, Demand, admit, pace, plan
 
 DEMANDS = st.lists(
     st.tuples(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, PATIENCE + 2)).map(
@@ -45,6 +45,12 @@ def test_calls_become_as_large_as_a_step_can_wait_for(cost: float, fixed: float,
     assert tokens == LEAST or (fixed + cost * tokens) * 0.8 <= 1 / 2 or (fixed + cost * tokens / 2) * 0.8 <= 1 / 4
     if fixed + cost * CALL < 0.4:
         assert tokens == CALL
+
+
+def test_operations_that_nobody_notices_do_not_make_calls_small() -> None:
+    assert pace(CALL, stretch=SOON * 0.9, step=SOON / 100) == CALL
+    assert pace(CALL // 2, stretch=SOON * 0.4, step=SOON / 100) == CALL
+    assert pace(CALL, stretch=SOON * 1.1, step=SOON / 100) == CALL // 2
 
 
 def rounds(left: list[int], arrivals: list[list[int]]) -> list[dict[int, int]]:
