@@ -7,6 +7,9 @@ it moves into a buffer that ends where the timed tokens do.
 With llama.cpp as the peer, a model in eight bits is timed as well, each in its own process, with as many threads, and
 token by token as chats go: the step, and the likeliest token. Its state at a position is one that has read READ tokens
 and is told that it read more, for what is in it costs nothing.
+
+On a GPU a model in bfloat16 is timed for one row and for many, as its engine steps them. Its limit is that the weights
+are read once and the states read and written once, as fast as a copy moves bytes in the same rounds.
 """
 
 import copy
@@ -22,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isotach.bench import llama
-from isotach.bench.report import Figure, K, Result, milliseconds, paired, relative_error, synchronize
+from isotach.bench.limits import COPY, Limits, clock
+from isotach.bench.report import Figure, K, Result, interleave, milliseconds, paired, relative_error, synchronize
 from isotach.config import parse
+from isotach.infer.graphs import Stepper
 from isotach.models.decoder import Decoder, ModelConfig
-from isotach.models.quantize import int8
+from isotach.models.quantize import bfloat16, int8
 from isotach.models.state import DecoderState
 from isotach.nn.mixer import MixerState
 from isotach.ops.history import History
@@ -41,6 +46,8 @@ TIMES_FASTER = {1024: 0.8, 8192: 3.0, 32768: 8.0}  # at least, at these position
 PEERS = {"llama.cpp": True, "llama.cpp without flash attention": False}
 ROUNDED = 0.1  # distance over length of logits in eight bits from those without rounded activations: untrained layers
 # amplify a difference, in float32 by 100 and more, and a wrong product is off by its length
+SIXTEEN_BITS = "tnl-385m"  # the model that is timed on a GPU
+ROWS = {1: 0.5, 4: None, 16: None, 64: 0.65, 256: None}  # sequences at once, and the share of the limit that is wanted
 READ = 2048  # tokens read at once on the way to a position
 STEPS = 4  # single tokens timed in a turn, after an untimed one that brings the weights back into the cache
 
@@ -67,6 +74,12 @@ def measure(
     for name in presets:
         decoder = Decoder(parse(ModelConfig, {"preset": name}, who="bench")).to(device)
         parts.append(compare(decoder, name=name, positions=positions, rounds=rounds))
+    sixteen = f"{SIXTEEN_BITS} bfloat16"
+    if device.type == "cuda":
+        model = Decoder(parse(ModelConfig, {"preset": SIXTEEN_BITS}, who="bench")).to(device)
+        parts.append(in_sixteen_bits(model, name=sixteen, rounds=rounds))
+    else:
+        parts.append(Result({}, figures=_shares(sixteen, {})))  # not measured, and said so
     if "llama.cpp" in against:
         if device.type == "cpu":
             eight = parse(ModelConfig, {"preset": EIGHT_BITS}, who="bench")
@@ -124,6 +137,48 @@ def in_eight_bits(config: ModelConfig, *, name: str = EIGHT_BITS, rounds: int = 
             figure = f"{eight}: times faster than {each} at {position:,}"
             result.figures.append(Figure(figure, value, at_least=bound if flash else None))
     return result
+
+
+def in_sixteen_bits(decoder: Decoder, *, name: str, rounds: int = 32) -> Result:
+    """A row per number of sequences: milliseconds of a step of all, and the share of the limit."""
+    result, model = Result({}), bfloat16(decoder)
+    if (wrong := rounding_error(model)) > ROUNDED:
+        result.refused.append(f"{name}: distance {wrong:.1e} from float64, over {ROUNDED:.0e}")
+        return result
+    device, limits = decoder.device, Limits.of(decoder.device, torch.bfloat16)
+    weight_bytes = sum(value.nbytes for value in model.state_dict().values())
+    shares: dict[int, float] = {}
+    for rows in ROWS:
+        walker = _Walker(model, rows)
+        calls = {name: walker.step, COPY: limits.calls[COPY]}
+        seconds = interleave(calls, rounds=rounds, device=device, clock=clock(device))
+        least = weight_bytes + 2 * walker.state_bytes
+        shares[rows] = least / limits.work[COPY] * paired(seconds[COPY], seconds[name])
+        row = {"model": name, "rows": rows, **milliseconds(seconds[name]), "state_bytes": walker.state_bytes}
+        result.rows.append(row | {"weight_bytes": weight_bytes, "of_limit": shares[rows]})
+    result.figures = _shares(name, shares)
+    return result
+
+
+def _shares(name: str, shares: Mapping[int, float]) -> list[Figure]:
+    return [
+        Figure(f"GPU: {name}: share of the limit, {rows} at once", shares.get(rows), at_least=bound)
+        for rows, bound in ROWS.items()
+        if bound is not None
+    ]
+
+
+class _Walker:
+    """So many sequences that go on from step to step, as the engine has them."""
+
+    def __init__(self, decoder: Decoder, rows: int) -> None:
+        self._stepper, self._tokens = Stepper(decoder), [0] * rows
+        self._state = decoder.initial().fork(rows)
+        self.state_bytes = self._state.nbytes()
+        self.step()  # which records the graphs
+
+    def step(self) -> None:
+        _, self._state = self._stepper.step(self._tokens, self._state)
 
 
 @torch.inference_mode()

@@ -214,7 +214,13 @@ class _Table:
         compute: dict[str, Callable[..., Call]] = {OURS: partial(ours, operation, cell.shape, "auto")}
         compute |= {peer: call for peer in self.against if (call := peers.find(peer, cell.operation, self.device))}
         leaves = operation.draw(cell.shape, self.device, cell.dtype)
-        timed = {name: ready for name in compute if (ready := self._prepare(cell, name, compute[name], leaves))}
+        timed = {}
+        for name in compute:
+            late = [which for which in cell.passes if self._too_long(cell, which, name)]
+            for which in late:
+                self.result.absent.append(f"{name}: {cell.operation}, {cell.shape}, {which}: would take too long")
+            if len(late) < len(cell.passes) and (ready := self._prepare(cell, name, compute[name], leaves)):
+                timed[name] = ready
         for which in cell.passes:
             self._pass(cell, which, timed, leaves)
 
@@ -281,11 +287,7 @@ class _Table:
         calls: dict[str, Callable[[], object]] = {}
         once: dict[str, tuple[int, float]] = {}
         for name, contender in timed.items():
-            tokens = cell.shape.batch * cell.shape.tokens
-            key = (cell.operation, name, which, cell.shape.heads, cell.shape.width)
-            before, took = self.took.get(key, (tokens, 0.0))
-            if name != OURS and took * tokens / before > PATIENCE:
-                self.result.absent.append(f"{name}: {cell.operation}, {cell.shape}, {which}: would take too long")
+            if self._too_long(cell, which, name):
                 continue
             try:
                 call = contender.of(which)
@@ -296,10 +298,18 @@ class _Table:
             except Exception as fault:  # noqa: BLE001 (as above; memory may not suffice for a gradient, say)
                 self._refuse(cell, name, f"{which}: {type(fault).__name__}: {fault}")
                 continue
-            self.took[key], once[name] = (tokens, spent), (held, spent)
+            self.took[_kind(cell, which, name)] = (cell.shape.batch * cell.shape.tokens, spent)
+            once[name] = (held, spent)
             if spent <= PATIENCE:
                 calls[name] = call
         return calls, once
+
+    def _too_long(self, cell: Cell, which: str, name: str) -> bool:
+        """Whether a peer would be too slow, by its time for fewer tokens as if that grew as they do."""
+        if name == OURS or (known := self.took.get(_kind(cell, which, name))) is None:
+            return False
+        tokens, seconds = known
+        return seconds * cell.shape.batch * cell.shape.tokens / tokens > PATIENCE
 
     def _row(
         self,
@@ -331,6 +341,11 @@ class _Table:
         row["at"] = {**cell.shape._asdict(), "dtype": _name(cell.dtype), "part": cell.part, "bytes": moved}
         row["at"] |= {"flops": flops} | ({"backend": _backend(operation, leaves)} if name == OURS else {})
         self.result.rows.append(row)
+
+
+def _kind(cell: Cell, which: str, name: str) -> tuple[Any, ...]:
+    """What cells have in common that differ in their number of tokens."""
+    return cell.operation, name, which, cell.shape.heads, cell.shape.width
 
 
 def _ratio(numerator: list[float], denominator: list[float]) -> float:

@@ -46,6 +46,8 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk with a model, line by line; /help lists the commands. The state keeps its size however long you talk."""
+    import torch
+
     from isotach import config
     from isotach.errors import UserError
     from isotach.infer.open import open_checkpoint
@@ -65,13 +67,15 @@ def chat(
         "stop": stop or (),
     }
     sampling = config.parse(Sampling, settings, who="chat").seeded()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the engine alone computes
     checkpoint = resolve(run)
     decoder, tokenizer = open_checkpoint(checkpoint, device=device)
     turns = Template.load(checkpoint, tokenizer, file=template)
     sampling = sampling.model_copy(
         update={"stop": (*sampling.stop, *turns.stop), "stop_token_ids": turns.stop_token_ids}
     )
-    with Engine(decoder, tokenizer) as engine:
+    with Engine(decoder, tokenizer, threads=threads) as engine:
         past = None if state is None else engine.load(state)
         print(f"seed {sampling.seed}; /help lists the commands", file=sys.stderr)
         while (line := _ask()) is not None:

@@ -1,4 +1,4 @@
-"""isotach convert RUN OUT: the tnn layers of a model get a constant state, or its weights eight bits."""
+"""isotach convert RUN OUT: the tnn layers of a model get a constant state, or its weights fewer bits."""
 
 import json
 from enum import StrEnum
@@ -19,6 +19,7 @@ class To(StrEnum):
     published = "published"
     ring = "ring"
     int8 = "int8"
+    bfloat16 = "bfloat16"
 
 
 def convert(
@@ -30,14 +31,15 @@ def convert(
     to: Annotated[
         To,
         typer.Option(
-            help="tnn: a diagonal state; the same as its paper closes it; or a ring buffer of inputs. Any model: int8."
+            help="tnn: a diagonal state; the same as its paper closes it; or a ring buffer of inputs. Any model: int8, "
+            "and bfloat16 for a GPU."
         ),
     ] = To.etsc,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Give the tnn layers of a model a state of constant size; print how exact all forms are and what they cost.
 
-    Or round the matrices of any model to eight bits for inference; print the bytes, and the loss where it validates.
+    Or round the matrices of any model for inference; print the bytes, and the loss where it validates.
     """
     from isotach import config
     from isotach.errors import UserError
@@ -52,10 +54,10 @@ def convert(
     before, tokenizer = open_checkpoint(source, device="cpu")
     if is_int8(before):
         raise UserError(f"{source}: expected weights in floating point, got int8; convert the model they are made of")
-    if to == To.int8:
+    if to in (To.int8, To.bfloat16):
         if lags is not None:
-            raise UserError("convert: --lags is for tnn layers; leave it out with --to int8")
-        _round(source, out, before, tokenizer, as_json=as_json)
+            raise UserError(f"convert: --lags is for tnn layers; leave it out with --to {to.value}")
+        _round(source, out, to, before, tokenizer, as_json=as_json)
         return
     lags = lags or config.read(source / "config.toml").get("train", {}).get("seq_len")
     if lags is None:
@@ -70,18 +72,18 @@ def convert(
         print(f"{out}: {to.value}, exact for {lags} lags")
 
 
-def _round(source: Path, out: Path, before: "Decoder", tokenizer: "Tokenizer", *, as_json: bool) -> None:
-    """Write the model in eight bits, and print what that saves and costs."""
+def _round(source: Path, out: Path, to: To, before: "Decoder", tokenizer: "Tokenizer", *, as_json: bool) -> None:
+    """Write the model in fewer bits, and print what that saves and costs."""
     import math
 
     from isotach import config
-    from isotach.models.quantize import int8
+    from isotach.models.quantize import bfloat16, int8
     from isotach.train.recipe import Recipe
 
-    after = int8(before)
-    _write(source, out, after, {"from": str(source), "to": "int8"})
+    after = int8(before) if to == To.int8 else bfloat16(before)
+    _write(source, out, after, {"from": str(source), "to": to.value})
     before_bytes, after_bytes = (sum(x.nbytes for x in model.state_dict().values()) for model in (before, after))
-    report: dict[str, Any] = {"form": "int8", "bytes": {"before": before_bytes, "after": after_bytes}}
+    report: dict[str, Any] = {"form": to.value, "bytes": {"before": before_bytes, "after": after_bytes}}
     if "data" in config.read(source / "config.toml"):
         report |= _losses(config.load(Recipe, source / "config.toml"), tokenizer, before, after)
     if as_json:

@@ -97,6 +97,8 @@ def _serve(
     hosts: frozenset[str] | None,
     log_text: bool,
 ) -> None:
+    import torch
+
     from isotach.infer.open import open_checkpoint
     from isotach.serve.chat import Template
     from isotach.serve.engine import Engine
@@ -106,6 +108,8 @@ def _serve(
     from isotach.serve.states import StateStore
     from isotach.train.checkpoint import FOLDER, resolve
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the engine alone computes
     checkpoint = resolve(place.run)
     home = next((path for path in (place.run, place.run.parent) if (path / FOLDER).is_dir()), checkpoint)
     decoder, tokenizer = open_checkpoint(checkpoint, device=place.device)
@@ -118,6 +122,7 @@ def _serve(
         cache=folder / "cache",
         disk=round(place.disk * GIB),
         queue=limits.queue,
+        threads=threads,
     )
     try:
         settings = Settings(

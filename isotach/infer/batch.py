@@ -13,9 +13,10 @@ from torch import Tensor
 from isotach.data.tokenizer import Tokenizer
 from isotach.errors import UserError
 from isotach.infer.answer import Answer, Event
-from isotach.infer.calls import read, read_packed, step
+from isotach.infer.calls import read, read_packed
 from isotach.infer.chain import TokenChain
 from isotach.infer.generate import CHUNK, Prompt, check_vocabulary, encode
+from isotach.infer.graphs import Stepper
 from isotach.infer.sample import Drawn, Sampling, draw
 from isotach.infer.snapshot import Past
 from isotach.models.decoder import Decoder
@@ -84,6 +85,7 @@ class Batch:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self._decoder, self._tokenizer = decoder, tokenizer
+        self._stepper = Stepper(decoder)
         self._rows: list[Row] = []
         self._state: DecoderState | None = None  # of these rows
         self._joining: dict[Row, DecoderState] = {}
@@ -119,7 +121,7 @@ class Batch:
         if self._state is None:
             return []
         before = self._state
-        logits, self._state = step(self._decoder, [row.unread for row in self._rows], before)
+        logits, self._state = self._stepper.step([row.unread for row in self._rows], before)
         chains = [row.chain.extended([row.unread]) for row in self._rows]
         outcomes: list[tuple[Row, Event | Exception, Past | None]] = []
         for place, drawn in enumerate(self._draw(logits, chains)):

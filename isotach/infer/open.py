@@ -18,7 +18,7 @@ def open_checkpoint(folder: Path, *, device: str = "auto") -> tuple[Decoder, Tok
     gpu = torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpu):
         raise UserError(f"device: expected auto or cpu{', or cuda' if gpu else ' (there is no GPU)'}, got {device}")
-    decoder = Decoder.load(folder).to("cuda" if gpu and device != "cpu" else "cpu")
+    decoder = Decoder.load(folder, "cuda" if gpu and device != "cpu" else "cpu")
     tokenizer = load_tokenizer(folder)
     check_vocabulary(decoder, tokenizer)
     return decoder, tokenizer

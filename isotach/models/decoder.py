@@ -198,9 +198,14 @@ class Decoder(nn.Module):
         self, tokens: Int[Tensor, "B T"], state: DecoderState | None = None, *, span: Span | None = None
     ) -> tuple[Float[Tensor, "B T D"], DecoderState]:
         """As forward, but what the head reads instead of logits: (B, T, D)."""
+        if quantize.is_bfloat16(self) and not torch.is_autocast_enabled(tokens.device.type):
+            with torch.autocast(tokens.device.type, torch.bfloat16):
+                return self.hidden(tokens, state, span=span)
         if span is None:
             span = Span.of(*tokens.shape, start=0 if state is None else state.positions, device=tokens.device)
         x = self.embed(tokens)
+        if x.dtype == torch.bfloat16:
+            x = x.float()
         if self.config.scale_embedding:
             x = x * self.config.width**0.5
         x = self.embed_norm(x)
@@ -216,6 +221,8 @@ class Decoder(nn.Module):
         return self.norm(x), DecoderState(tuple(after), _ends(span, state))
 
     def head(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T vocab"]:
+        if quantize.is_bfloat16(self):
+            hidden = hidden.to(torch.bfloat16)
         if self.unembed is not None:
             return self.unembed(hidden)
         if isinstance(self.embed, Embedding8):
@@ -325,15 +332,15 @@ class Decoder(nn.Module):
             write_atomically(Path(folder) / "config.toml", table.encode())
 
     @staticmethod
-    def load(folder: str | os.PathLike[str]) -> "Decoder":
-        """The model in `folder`: config.toml's [model] and model.safetensors, in float32 or int8.
+    def load(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Decoder":
+        """The model in `folder`: config.toml's [model] and model.safetensors, in float32, int8, or on a GPU bfloat16.
 
         UserError where they do not fit.
         """
         text = Path(folder) / "config.toml"
         decoder = Decoder(
             configuration.parse(ModelConfig, configuration.read(text).get("model", {}), who=f"{text}: model")
-        )
+        ).to(device)
         file = Path(folder) / "model.safetensors"
         try:
             weights = load_file(file)

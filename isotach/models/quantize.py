@@ -1,9 +1,12 @@
-"""A decoder in eight bits for inference (nn/linear8.py), a quarter of the bytes.
+"""A decoder in fewer bits for inference: int8 (nn/linear8.py), a quarter of the bytes, or bfloat16, half of them.
 
 A step that decodes one row reads every weight once and little else, so most of its time is that of their bytes.
-Matrices that such a step reads are rounded, and the embedding, of which it reads a row. What is small stays as it is: a
-gate with a number per head, or a factor of low rank, decides much and weighs little. Blocks as TransNormerLLM has them
-get larger matrices on top (models/block8.py).
+Matrices that such a step reads are rounded, and the embedding, of which it reads a row. In eight bits what is small
+stays as it is: a gate with a number per head, or a factor of low rank, decides much and weighs little. Blocks as
+TransNormerLLM has them get larger matrices on top (models/block8.py).
+
+bfloat16 is for GPUs, whose matrix units take it: products in bfloat16, sums, norms, gates and states in float32, as in
+training with precision = "bf16". A CPU reads such weights back into float32, where they lose nothing more.
 """
 
 import copy
@@ -43,12 +46,33 @@ def int8(decoder: "Decoder") -> "Decoder":
     return copied
 
 
+def bfloat16(decoder: "Decoder") -> "Decoder":
+    """A copy of `decoder` for inference, linear maps and embedding in bfloat16. UserError where it is in fewer bits."""
+    if is_int8(decoder) or is_bfloat16(decoder):
+        raise UserError("bfloat16: expected weights in float32, got fewer bits; start from the model they are made of")
+    copied = copy.deepcopy(decoder).requires_grad_(False)
+    for layer in _matrices(copied):
+        layer.to(torch.bfloat16)
+    return copied
+
+
 def is_int8(decoder: "Decoder") -> bool:
     return isinstance(decoder.embed, Embedding8)
 
 
+def is_bfloat16(decoder: "Decoder") -> bool:
+    return decoder.embed.weight.dtype == torch.bfloat16
+
+
 def make_room(decoder: "Decoder", weights: Mapping[str, Tensor]) -> None:
-    """Give `decoder` the modules that these weights are of; nothing changes where none is in eight bits."""
+    """Give `decoder` what these weights fit into; nothing changes where all are float32.
+
+    Those in bfloat16 stay so on a GPU alone.
+    """
+    if any(weight.dtype == torch.bfloat16 for name, weight in weights.items() if name.endswith(".weight")):
+        decoder.requires_grad_(False)
+        for layer in _matrices(decoder) if decoder.device.type != "cpu" else ():
+            layer.to(torch.bfloat16)
     rounded = {name.removesuffix(".weight") for name, weight in weights.items() if weight.dtype == torch.int8}
     for i, block in enumerate(decoder.blocks):
         if f"blocks.{i}.qkvu" in rounded and Block8.fits(block, least=1):
@@ -77,6 +101,10 @@ def gather(decoder: "Decoder") -> None:
     parts = torch.frombuffer(memory, dtype=torch.int8).split([layer.weight.numel() for layer in layers])
     for layer, part in zip(layers, parts, strict=True):
         layer.weight = nn.Parameter(part.view_as(layer.weight).copy_(layer.weight), requires_grad=False)
+
+
+def _matrices(decoder: "Decoder") -> list[nn.Module]:
+    return [layer for layer in decoder.modules() if isinstance(layer, nn.Linear | nn.Embedding)]
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from isotach.config import Config
 from isotach.nn.energy import EnergyConfig, EnergyGate
 from isotach.nn.memory_cache import CacheConfig, MemoryCache
 from isotach.ops.engine import Span, advance
-from isotach.ops.recurrence import Recurrence, Tensors
+from isotach.ops.recurrence import Paired, Recurrence, Tensors
 
 MixerState = dict[str, Tensors]
 Stream = Callable[[str], torch.Generator]
@@ -80,7 +80,8 @@ class Scan:
 
     def before(self, name: str) -> Tensors | None:
         """The state called `name` before this call."""
-        return self._before.get(name)
+        state = self._before.get(name)
+        return state.now if isinstance(state, Paired) else state
 
     def __call__(self, name: str, rec: Recurrence, x: Tensors, *, causal: bool = True) -> Tensor:
         output, self.after[name] = advance(rec, x, self._before.get(name), self.span, causal=causal)

@@ -1,7 +1,8 @@
 """Which function computes a family: the registry, and the choice between registered kernels.
 
 A kernel's whole contract is (rec, x, s, cu_seqlens, chunk_size) -> (outputs (B, T, H, V), state after the last token).
-It belongs to a family, never to a mixer.
+Beside it may stand a step, (rec, x, s, into) -> the same for one token, the state written into `into` where that is a
+state and not None; it has no gradient. Both belong to a family, never to a mixer.
 """
 
 import logging
@@ -17,6 +18,7 @@ from isotach.ops.recurrence import Recurrence, Tensors
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 Kernel = Callable[[Any, Tensors, Tensors, Tensor | None, int | None], tuple[Tensor, Tensors]]
+Step = Callable[[Any, Tensors, Tensors, Tensors | None], tuple[Tensor, Tensors]]
 Refusal = Callable[[Tensors, int | None], str | None]
 
 
@@ -26,6 +28,7 @@ class Entry(NamedTuple):
     kernel: Kernel
     device: str | None = None
     refusal: Refusal = lambda x, chunk_size: None
+    step: Step | None = None
 
 
 _kernels: dict[tuple[type[Recurrence], str], Entry] = {}
@@ -35,7 +38,12 @@ _log = logging.getLogger("isotach")
 
 
 def register(
-    family: type[Recurrence], backend: str, *, device: str | None = None, refusal: Refusal | None = None
+    family: type[Recurrence],
+    backend: str,
+    *,
+    device: str | None = None,
+    refusal: Refusal | None = None,
+    step: Step | None = None,
 ) -> Callable[[Kernel], Kernel]:
     """Make the decorated function the `backend` of `family`, on `device` only where it is named.
 
@@ -43,7 +51,7 @@ def register(
     """
 
     def add(kernel: Kernel) -> Kernel:
-        _kernels[family, backend] = Entry(kernel, device, *([] if refusal is None else [refusal]))
+        _kernels[family, backend] = Entry(kernel, device, refusal or Entry._field_defaults["refusal"], step)
         return kernel
 
     return add
@@ -64,6 +72,16 @@ def find(rec: Recurrence, backend: str, x: Tensors, chunk_size: int | None) -> K
         raise ValueError(f"{rec.name}: {obstacle}; use backend='torch'")
     entry = _kernels.get((type(rec), backend))
     return None if entry is None else entry.kernel
+
+
+def find_step(rec: Recurrence, backend: str, x: Tensors, s: Tensors) -> Step | None:
+    """The kernel that moves `rec` on by one token, None where its definition does: where there is no kernel, even if
+    its backend is asked for by name, and where somebody wants gradients.
+    """
+    if backend not in ("auto", "triton") or _obstacle(rec, "triton", x, None) is not None:
+        return None
+    wanted = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (*x, *s))
+    return None if wanted else _kernels[type(rec), "triton"].step
 
 
 def available(rec: Recurrence, device: torch.device) -> tuple[str, ...]:

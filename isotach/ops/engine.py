@@ -22,7 +22,7 @@ from isotach import shapes
 from isotach.ops import backends
 from isotach.ops.backends import Backend
 from isotach.ops.exchange import exchange
-from isotach.ops.recurrence import Apart, Recurrence, Tensors, at_time, length, rows, with_time
+from isotach.ops.recurrence import Apart, Paired, Recurrence, Tensors, at_time, length, rows, with_time
 
 CHUNK = 64  # of the engine's own loop; families measure theirs
 
@@ -80,7 +80,7 @@ def run(
     """Outputs (B, T, H, V) of `rec` over `x`, and the state after the last token of every row or document.
 
     state       the state before the first token, one row per sequence or document; None for the empty past; where it is
-                Apart, so is the one after
+                Apart or Paired, so is the one after
     chunk_size  tokens per chunk; None for the family's measured choice
     causal      False: every token reads the state after the last token of its document
 
@@ -109,6 +109,8 @@ def advance(
             return advance(rec, x, state, span, backend=backend, chunk_size=chunk_size, causal=causal)
     if isinstance(state, Apart):
         return _apart(rec, x, state, span, backend=backend, chunk_size=chunk_size, causal=causal)
+    if isinstance(state, Paired):
+        return _between(rec, x, state, span, backend)
     if not torch.compiler.is_compiling():
         _check(rec, x, state, span, chunk_size)
     if state is None:
@@ -118,7 +120,8 @@ def advance(
     if not causal:
         return _set(rec, x, state, span.cu_seqlens)
     if length(x) == 1 and span.cu_seqlens is None:
-        return rec.step(x, state)
+        step = backends.find_step(rec, backend, x, state)
+        return rec.step(x, state) if step is None else step(rec, x, state, None)
     if backend == "reference":
         return _documents(rec, x, state, span.cu_seqlens, 1, recurrent)
     kernel = backends.find(rec, backend, x, chunk_size)
@@ -147,6 +150,24 @@ def _apart(rec: Recurrence, x: Tensors, states: Apart, span: Span, **how: Any) -
                 outputs.append(output)
         after.append(state)
     return torch.cat(outputs, 0 if span.cu_seqlens is None else 1), Apart(after)
+
+
+def _between(rec: Recurrence, x: Tensors, state: Paired, span: Span, backend: Backend) -> tuple[Tensor, Paired]:
+    """One token, from one half of a pair to the other."""
+    if length(x) != 1 or span.cu_seqlens is not None or span.group is not None:
+        raise ValueError(
+            f"{rec.name}: a pair of states takes one token of every row; got a span of {tuple(span.positions.shape)}; "
+            "pass a state alone"
+        )
+    if not torch.compiler.is_compiling():
+        _check(rec, x, state.now, span, None)
+    step = backends.find_step(rec, backend, x, state.now)
+    if step is not None:
+        output, after = step(rec, x, *state)
+    else:
+        output, found = rec.step(x, state.now)
+        after = type(found)(*(into.copy_(leaf) for into, leaf in zip(state.after, found, strict=True)))
+    return output, Paired(after, state.now)
 
 
 def recurrent(rec: Recurrence, x: Tensors, state: Tensors, chunk_size: int) -> tuple[Tensor, Tensors]:

@@ -12,7 +12,7 @@ which serves as the oracle; families override them with matrix products.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +40,17 @@ class Apart(tuple[Tensors, ...]):
     """
 
     __slots__ = ()
+
+
+class Paired(NamedTuple):
+    """A state, and the memory that the state after the next token is to be written into.
+
+    `run` takes it wherever it takes a state and one token of every row, and gives back the pair the other way round: so
+    two states of fixed places in memory are all that any number of steps needs.
+    """
+
+    now: Tensors
+    after: Tensors
 
 
 class Recurrence(ABC):

@@ -9,7 +9,7 @@ import torch
 
 from isotach.bench import decode, llama
 from isotach.config import parse
-from isotach.models.decoder import ModelConfig
+from isotach.models.decoder import Decoder, ModelConfig
 
 TINY = parse(ModelConfig, {"vocab": 97, "width": 64, "depth": 2, "heads": 2, "hidden": 64}, who="test")
 EIGHT = "tiny int8: times faster than llama.cpp at"
@@ -98,3 +98,19 @@ def test_llama_cpp_answers_behind_a_doubled_cache() -> None:
         for flash in (True, False, True):  # a turn leaves the cache as it was
             assert peer.seconds(2048, flash=flash) > 0
             assert peer.seconds(1024, flash=flash) > 0
+
+
+def test_on_a_gpu_the_limit_is_what_must_be_read_and_written() -> None:
+    result = decode.in_sixteen_bits(Decoder(TINY), name="tiny", rounds=2)
+    assert result.refused == []
+    assert [row["rows"] for row in result.rows] == list(decode.ROWS)
+    one, *_, most = result.rows
+    assert one["weight_bytes"] == most["weight_bytes"]
+    assert 1 <= one["weight_bytes"] / (2 * Decoder(TINY).parameter_count()) < 1.01  # what is no matrix is whole
+    assert most["state_bytes"] == 256 * one["state_bytes"] == 256 * Decoder(TINY).state_bytes(1)
+    assert all(0 < row["of_limit"] < 2 for row in result.rows)
+    assert [(figure.at_least, figure.verdict != "") for figure in result.figures] == [(0.5, True), (0.65, True)]
+
+
+def test_without_a_gpu_its_figures_are_named_and_not_measured() -> None:
+    assert {figure.verdict for figure in decode._shares("tiny", {})} == {"not measured"}

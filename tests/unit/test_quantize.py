@@ -20,7 +20,7 @@ from isotach.infer.open import open_checkpoint
 from isotach.infer.sample import Sampling
 from isotach.models.block8 import Block8
 from isotach.models.decoder import Decoder, ModelConfig
-from isotach.models.quantize import int8
+from isotach.models.quantize import bfloat16, int8
 from isotach.models.state import DecoderState
 from isotach.nn.linear8 import FEW, Embedding8, Linear8, product, rounded
 from isotach.ops.engine import Span
@@ -282,3 +282,66 @@ def test_convert_without_a_text_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Loss not measured" in capsys.readouterr().out
     assert main(["convert", str(source), str(tmp_path / "more"), "--to", "int8", "--lags", "3"]) == 2
     assert "--lags" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight"
+)  # a CPU's: GPUs have such norms in float32
+@pytest.mark.parametrize("name", LINEAR)
+@torch.no_grad()
+def test_bfloat16_loses_no_more_than_its_roundings(name: str) -> None:
+    """Whole and in steps, against float64; states that sum up keep float32."""
+    model = decoder(pattern=[name])
+    made = bfloat16(model)
+    text = tokens(2, 12)
+    expected, _ = copy.deepcopy(made).double()(text) if name != "tnn" else model(text)
+    whole, state = made(text)
+    if name in ("lightning", "gated_delta", "mamba2", "hgrn", "hla"):
+        assert {leaf.dtype for block in state.blocks for own in block.values() for leaf in own} == {torch.float32}
+    steps, after = [], made.initial().select(torch.tensor([0, 0]))
+    for t in range(text.shape[1]):
+        logits, after = made(text[:, t : t + 1], after)
+        steps.append(logits)
+    for got in (whole, torch.cat(steps, 1)):
+        assert got.dtype == torch.bfloat16
+        assert distance(got, expected) < 0.05
+
+
+@torch.no_grad()
+def test_bfloat16_is_half_the_bytes_and_a_cpu_reads_it_as_float32(tmp_path: Path) -> None:
+    model = decoder(tie=False)
+    made = bfloat16(model)
+    before, after = (sum(x.nbytes for x in each.state_dict().values()) for each in (model, made))
+    assert after < 0.55 * before
+    assert made.fingerprint() != model.fingerprint()
+    made.save(tmp_path)
+    again = Decoder.load(tmp_path)
+    assert {x.dtype for x in again.state_dict().values()} == {torch.float32}
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, made.state_dict()[name].float())
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    for fewer in (made, int8(model)):
+        with pytest.raises(UserError, match="bfloat16: expected weights in float32, got fewer bits"):
+            bfloat16(fewer)
+
+
+@torch.no_grad()
+def test_convert_to_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoint(tmp_path / "source", decoder(depth=1))
+    out = tmp_path / "out"
+    assert main(["convert", str(source), str(out), "--to", "bfloat16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["form"] == "bfloat16"
+    assert report["bytes"]["after"] < 0.55 * report["bytes"]["before"]
+    model, _ = open_checkpoint(out, device="cpu")
+    assert distance(model(tokens(1, 5))[0], open_checkpoint(source, device="cpu")[0](tokens(1, 5))[0]) < 0.05
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_bfloat16_on_a_gpu(tmp_path: Path) -> None:
+    bfloat16(decoder()).save(tmp_path)
+    on_gpu, on_cpu = Decoder.load(tmp_path, "cuda"), Decoder.load(tmp_path)
+    assert on_gpu.embed.weight.dtype == torch.bfloat16
+    got, expected = on_gpu(tokens(2, 12).cuda())[0], on_cpu(tokens(2, 12))[0]
+    assert distance(got.cpu(), expected) < 0.05

@@ -46,6 +46,7 @@ from isotach.ops.triton import channel, device
 from isotach.ops.triton.arithmetic import OPERANDS, product, running, tile, weights
 from isotach.ops.triton.layout import flat, padded, sides
 from isotach.ops.triton.pieces import cut, find_document, find_piece
+from isotach.ops.triton.step import free, one_token
 
 CHAINED = 1024  # numbers of a state that one program chains
 REGISTERS = 255  # of a thread, all there are: left to itself the assembler once took 32 and spilled thousands of bytes
@@ -248,7 +249,14 @@ def _apart(x: Decay.Inputs) -> bool:
     return bool(x.log_decay.shape[-1] != 1)
 
 
-@register(Decay, "triton", device="cuda", refusal=refusal)
+def step(
+    rec: Decay, x: Decay.Inputs, s: Decay.State, into: Decay.State | None = None
+) -> tuple[Tensor, Decay.State]:
+    after = free(s.state) if into is None else into.state
+    return one_token(*x, s.state, after), Decay.State(after)
+
+
+@register(Decay, "triton", device="cuda", refusal=refusal, step=step)
 def decay(
     rec: Decay, x: Decay.Inputs, s: Decay.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Decay.State]:

@@ -52,6 +52,7 @@ from isotach.ops.triton import device
 from isotach.ops.triton.arithmetic import OPERANDS, Operands
 from isotach.ops.triton.layout import flat, padded, sides
 from isotach.ops.triton.pieces import cut, divide
+from isotach.ops.triton.step import free, one_token
 
 REGISTERS = 255  # of a thread, all there are: left to itself the assembler once took 32 and spilled thousands of bytes
 CHUNKS = (16, 32, 64)
@@ -125,7 +126,21 @@ def _refusal(x: Delta.Inputs | SplitDelta.Inputs, chunk_size: int | None) -> str
     return config if isinstance(config, str) else device.refusal(x.q.device, config.shared)
 
 
-@register(Delta, "triton", device="cuda", refusal=_refusal)
+def _step(
+    rec: Delta, x: Delta.Inputs, s: SplitDelta.State, into: SplitDelta.State | None
+) -> tuple[Tensor, SplitDelta.State]:
+    after = free(s.state) if into is None else into.state
+    return one_token(x.q, x.k, x.v, x.log_decay, s.state, after, x.beta), SplitDelta.State(after)
+
+
+def _split_step(
+    rec: SplitDelta, x: SplitDelta.Inputs, s: SplitDelta.State, into: SplitDelta.State | None
+) -> tuple[Tensor, SplitDelta.State]:
+    after = free(s.state) if into is None else into.state
+    return one_token(x.q, x.k, x.v, x.log_decay, s.state, after, None, x.read, x.erase), SplitDelta.State(after)
+
+
+@register(Delta, "triton", device="cuda", refusal=_refusal, step=_step)
 def delta(
     rec: Delta, x: Delta.Inputs, s: SplitDelta.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, SplitDelta.State]:
@@ -133,7 +148,7 @@ def delta(
     return output, SplitDelta.State(state)
 
 
-@register(SplitDelta, "triton", device="cuda", refusal=_refusal)
+@register(SplitDelta, "triton", device="cuda", refusal=_refusal, step=_split_step)
 def split_delta(
     rec: SplitDelta, x: SplitDelta.Inputs, s: SplitDelta.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, SplitDelta.State]:

@@ -20,9 +20,20 @@ def _refusal(x: Tensors, chunk_size: int | None) -> str | None:
     return decay.refusal(Decay.Inputs(x.q.float(), x.k, x.v, x.log_decay), chunk_size)
 
 
-@register(SecondOrder, "triton", device="cuda", refusal=_refusal)
-@register(Asymmetric, "triton", device="cuda", refusal=_refusal)
-@register(ThirdOrder, "triton", device="cuda", refusal=_refusal)
+def _step(
+    rec: SecondOrder | Asymmetric | ThirdOrder, x: Tensors, s: Tensors, into: Tensors | None
+) -> tuple[Tensor, Tensors]:
+    places = iter((None,) * len(s) if into is None else map(Decay.State, into))  # nest takes states in their order
+
+    def attend(x: Decay.Inputs, s: Decay.State) -> tuple[Tensor, Decay.State]:
+        return decay.step(_decay, x, s, next(places))
+
+    return rec.nest(x, s, attend)
+
+
+@register(SecondOrder, "triton", device="cuda", refusal=_refusal, step=_step)
+@register(Asymmetric, "triton", device="cuda", refusal=_refusal, step=_step)
+@register(ThirdOrder, "triton", device="cuda", refusal=_refusal, step=_step)
 def higher_order(
     rec: SecondOrder | Asymmetric | ThirdOrder,
     x: Tensors,
