@@ -58,9 +58,9 @@ def measure(
     tokens: int = 48,
     warm: int = 1_500,
     requests: int = 10_000,
-    seconds: float = 100.0,
+    seconds: float = 300.0,
 ) -> Result:
-    """Untrained presets, one server each, and the soak of a toy: under six minutes on two idle cores.
+    """Untrained presets, one server each, and the soak of a toy: under ten minutes on two idle cores.
 
     - context: tokens of the long prompt; tokens: of an answer.
     - warm, requests, seconds: of the soak, before memory is looked at and from then on, and how long that may take.
