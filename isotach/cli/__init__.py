@@ -8,6 +8,7 @@ error and exit code 2; anything else is a bug and keeps its traceback.
 import errno
 import importlib
 import io
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,10 @@ import typer
 
 from isotach import __version__
 from isotach.errors import UserError
+
+# How often GNU OpenMP looks for more work before its threads sleep: for 0.1 ms, not 3. Between the operations of a step
+# that is as good, and where other programs want the processors too, far better (docs/log.md).
+WAITING = "10000"
 
 # What the file system may answer, and what the user can do about it.
 REMEDIES = {
@@ -36,6 +41,8 @@ REMEDIES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 when the verb's own check fails, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}:
+        os.environ["GOMP_SPINCOUNT"] = WAITING  # read when torch is imported
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks

@@ -99,6 +99,7 @@ def _serve(
 ) -> None:
     import torch
 
+    from isotach import allocator
     from isotach.infer.open import open_checkpoint
     from isotach.serve.chat import Template
     from isotach.serve.engine import Engine
@@ -110,6 +111,7 @@ def _serve(
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the engine alone computes
+    allocator.share_arenas()
     checkpoint = resolve(place.run)
     home = next((path for path in (place.run, place.run.parent) if (path / FOLDER).is_dir()), checkpoint)
     decoder, tokenizer = open_checkpoint(checkpoint, device=place.device)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from isotach.data.pack import Batch
 from isotach.models.decoder import Decoder
+from isotach.train.loss import nats
 
 SCORED = 128  # tokens of a window whose loss counts
 
@@ -53,6 +54,6 @@ def mean_nats(decoder: Decoder, batches: Sequence[Batch]) -> float:
     """-log p(target) of every target of the batches, on average."""
     total = 0.0
     for batch in batches:
-        logits, _ = decoder(batch.tokens, span=batch.span)
-        total += float(F.cross_entropy(logits[0].float(), batch.targets[0], reduction="sum"))
+        hidden, _ = decoder.hidden(batch.tokens, span=batch.span)
+        total += float(nats(decoder, hidden, batch.targets, dtype=torch.float32))
     return total / sum(batch.targets.numel() for batch in batches)

@@ -6,9 +6,10 @@ filter first and apply the temperature last. With the temperature first, top_p =
 distribution that is really drawn from, and a higher temperature widens the choice; with the temperature last neither
 holds.
 
-Everything here is float64 on the CPU, one row per request. A draw uses one number, and that number is a pure function
-of the request's seed and the token's position: it depends neither on the other rows of a batch nor on where a
-conversation was saved and continued, so no generator state exists that could be lost.
+Everything here is float64, one row per request, and stays where the logits are but for the tokens. A draw uses one
+number, and that number is a pure function of the request's seed and the token's position: it depends neither on the
+other rows of a batch nor on where a conversation was saved and continued, so no generator state exists that could be
+lost.
 """
 
 import secrets
@@ -93,14 +94,15 @@ def draw(
     its bias leaves no token.
     """
     logits = exact(logits)
-    choices = logits[:, : seen.shape[-1]]
+    choices, seen = logits[:, : seen.shape[-1]], seen.to(logits.device)
     if any(own is not None for own in bias):
-        choices = choices + torch.stack([choices.new_zeros(choices.shape[-1]) if b is None else b for b in bias])
+        none = choices.new_zeros(choices.shape[-1])
+        choices = choices + torch.stack([none if own is None else own.to(none) for own in bias])
         if (choices.amax(-1) == -torch.inf).any():
             raise UserError("draw: every token is forbidden here; allow one")
     choices = filtered(choices, samplings, seen)
     numbers = [uniform(_seed(sampling), position) for sampling, position in zip(samplings, positions, strict=True)]
-    tokens = invert(choices, torch.tensor(numbers, dtype=torch.float64)).tolist()
+    tokens = invert(choices, choices.new_tensor(numbers)).tolist()
     asked = any(sampling.logprobs is not None for sampling in samplings)
     logprobs = logits.log_softmax(-1)[:, : seen.shape[-1]] if asked else logits
     return [
@@ -110,8 +112,8 @@ def draw(
 
 
 def exact(logits: Float[Tensor, "R vocab"]) -> Float[Tensor, "R vocab"]:
-    """Float64 on the CPU. UserError where a row has no finite largest logit."""
-    logits = logits.detach().to("cpu", torch.float64)
+    """Float64. UserError where a row has no finite largest logit."""
+    logits = logits.detach().double()
     if not torch.isfinite(logits.amax(-1)).all():
         raise UserError(
             "draw: expected finite logits, got NaN or infinity; the weights are damaged or their training diverged"
@@ -134,11 +136,12 @@ def filtered(
     """Logits of the distribution that is drawn from, float64; -inf where a filter forbids a token."""
 
     def column(name: str) -> Tensor:
-        return torch.tensor([[getattr(sampling, name)] for sampling in samplings], dtype=torch.float64)
+        return x.new_tensor([[getattr(sampling, name)] for sampling in samplings])
 
+    x = logits.double()
     temperature = column("temperature")
     greedy = temperature == 0  # the limit of small temperatures: the likeliest token with probability 1
-    x = penalize(logits.double(), seen, column("repetition_penalty"))
+    x = penalize(x, seen, column("repetition_penalty"))
     x = temper(x, torch.where(greedy, 1.0, temperature))
     x = keep_top_k(x, torch.where(greedy, 1, column("top_k").long()))
     x = keep_top_p(x, column("top_p"))

@@ -1,8 +1,8 @@
 """A conversation as one immutable value that knows what it belongs to, in memory and as a file."""
 
 import base64
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +68,7 @@ class Snapshot:
         """Bytes of the state."""
         return self.state.nbytes()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to one file, whose size is that of the state: no token but the unread one is in it."""
         saved = SavedTokens(
             chain=self.chain.digest.hex(),
@@ -80,7 +80,7 @@ class Snapshot:
         self.state.save(path, weights=self.weights, tokens=saved.model_dump_json())
 
     @classmethod
-    def load(cls, path: Path, origin: Origin, tokenizer: Tokenizer) -> "Snapshot":
+    def load(cls, path: str | os.PathLike[str], origin: Origin, tokenizer: Tokenizer) -> "Snapshot":
         """What `save` wrote. UserError for a file that is missing, damaged, or of another model, precision or
         tokenizer."""
         file = StateFile.read(path)

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -117,7 +116,7 @@ class DecoderState:
             "positions": json.dumps(self.positions.tolist()),
         }
         header["content"] = _digest(header, leaves)
-        write_atomically(Path(path), to_bytes(leaves, header))
+        write_atomically(path, to_bytes(leaves, header))
 
     @staticmethod
     def load(path: str | os.PathLike[str], *, decoder: Origin, tokens: str | None) -> "DecoderState":
@@ -177,7 +176,7 @@ class StateFile:
         except FileNotFoundError:
             raise UserError(f"state {path}: expected a state file, found none; check the path") from None
         except (SafetensorError, OSError) as error:
-            reason = "a folder" if Path(path).is_dir() else error
+            reason = "a folder" if os.path.isdir(path) else error
             raise UserError(
                 f"state {path}: expected a whole safetensors file, got {reason}; use another copy"
             ) from None

@@ -320,8 +320,8 @@ class PrefixCache:
         """Of a file, without the folder of all and what every name ends in: there are many in memory."""
         return f"{self._origin.fingerprint()[:16]}/{key.owner}/{key.position}-{key.digest.hex()}"
 
-    def _path(self, name: str) -> Path:
-        return (self._folder or Path()) / f"{name}.safetensors"
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}.safetensors"
 
     def _key(self, name: str) -> Key | None:
         """The key of a file, None where it is not of this model."""
@@ -347,7 +347,7 @@ class PrefixCache:
             try:
                 file = self._path(name)
                 Snapshot.of(entry.past, weights=self._origin.fingerprint(), tokenizer=self._tokenizer).save(file)
-                size = file.stat().st_size
+                size = os.path.getsize(file)
             except (UserError, OSError) as error:
                 _log.warning("a state was not kept: %s", error)
             with self._lock:
@@ -372,7 +372,7 @@ class PrefixCache:
     def _delete(self, name: str) -> None:
         self._disk_bytes -= self._files.pop(name)
         with contextlib.suppress(OSError):
-            self._path(name).unlink()
+            os.unlink(self._path(name))
         if (key := self._key(name)) is not None:
             self._uncount(key)
 

@@ -21,7 +21,6 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from isotach.data.tokenizer import Tokenizer, load_tokenizer
 from isotach.errors import UserError
 from isotach.files import write_atomically
 from isotach.models.decoder import Decoder
-from isotach.train import checkpoint
+from isotach.train import checkpoint, loss
 from isotach.train.metrics import Board, Log, losses, peak_flops, peak_memory
 from isotach.train.optim import Optimizer
 from isotach.train.recipe import Recipe, changed
@@ -212,8 +211,8 @@ class Trainer:
         names = ("tokens", "targets", "positions", "cu_seqlens")
         here = dataclasses.replace(batch, **{name: getattr(batch, name).to(self.device) for name in names})
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            logits, _ = self.decoder(here.tokens, span=here.span)
-        return F.cross_entropy(logits.flatten(0, 1).float(), here.targets.flatten(), reduction="sum")
+            hidden, _ = self.decoder.hidden(here.tokens, span=here.span)
+        return loss.nats(self.decoder, hidden, here.targets, dtype=self.dtype)
 
     def multiplier(self, step: int) -> float:
         """The schedule's value for the update that follows `step` others."""

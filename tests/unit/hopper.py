@@ -48,8 +48,8 @@ def call(time: int, width: int) -> None:
 
 def main(width: int) -> None:
     pieces.processors = lambda device: 132
-    sweep, chain = Compiled(decay._sweep), Compiled(decay._chain)
-    decay._sweep, decay._chain = sweep, chain
+    sweep, chain = Compiled(decay._sweep), Compiled(pieces._chain)
+    decay._sweep, pieces._chain = sweep, chain
     call(4096, width)
     kernels = len(sweep.found) + len(chain.found)
     for time in (4097, 5003):
@@ -103,7 +103,7 @@ def channel_deltas(time: int) -> None:
 
 DELTA = ("invert", "solve", "chain", "differentiate")
 FAMILIES: dict[str, tuple[Any, tuple[str, ...], Any]] = {
-    "channel": (channel, ("_fading_scores", "_fading_rows", "_chain"), channels),
+    "channel": (channel, ("_fading_scores", "_fading_rows"), channels),
     "delta": (delta_kernels, DELTA, deltas),
     "channel delta": (delta_kernels, DELTA, channel_deltas),
     "elementwise": (elementwise, ("_sweep",), scans),
@@ -113,9 +113,10 @@ FAMILIES: dict[str, tuple[Any, tuple[str, ...], Any]] = {
 
 def report(module: Any, names: tuple[str, ...], call: Any) -> dict[str, int]:
     pieces.processors = lambda device: 132
-    kernels = [Compiled(getattr(module, name)) for name in names]
-    for name, kernel in zip(names, kernels, strict=True):
-        setattr(module, name, kernel)
+    places = [*((module, name) for name in names), (pieces, "_chain")]
+    kernels = [Compiled(getattr(*place)) for place in places]
+    for place, kernel in zip(places, kernels, strict=True):
+        setattr(*place, kernel)
     call(4096)
     first = sum(len(kernel.found) for kernel in kernels)
     call(5003)

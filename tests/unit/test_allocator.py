@@ -54,3 +54,35 @@ def test_a_kept_block_is_paid_for_once() -> None:
 def test_the_users_choice_stands() -> None:
     _, name = probe("left", MALLOC_TOP_PAD_="131072")
     assert name == "{'MALLOC_TOP_PAD_': '131072'}"
+
+
+ARENAS = """
+import ctypes, sys, threading
+from isotach import allocator
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+if sys.argv[1:]:
+    assert allocator.share_arenas()
+found, gate = set(), threading.Barrier(12)
+def take():
+    gate.wait()
+    address = libc.malloc(64 << 10)
+    found.add(address >> 26)  # arenas are 64 MiB apart at least
+    gate.wait()
+threads = [threading.Thread(target=take) for _ in range(12)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(found))
+"""
+
+
+@glibc
+def test_threads_share_arenas() -> None:
+    def places(*arguments: str) -> int:
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        environment = plain | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", ARENAS, *arguments]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return int(run.stdout)
+
+    assert places("shared") <= 2 < places()

@@ -1,5 +1,6 @@
 """One file is one verb, and whatever the user can mend is one sentence and exit code 2."""
 
+import os
 import textwrap
 from pathlib import Path
 
@@ -104,3 +105,20 @@ def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bug_keeps_its_traceback(kind: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         cli.main(["fall", kind])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, cli.WAITING), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=str,
+)
+def test_threads_wait_as_the_user_says(
+    chosen: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever is done to it
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["--version"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -77,6 +77,18 @@ def test_nothing_of_one_document_is_in_another() -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("time", [37, 64])
+def test_inputs_are_left_alone(time: int) -> None:
+    """Also where chunks come out even and v is read where it lies."""
+    leaves = [normal(2, time, 2, 3, name="v"), decays(2, time, 2, 3), normal(2, 2, 3, name="state")]
+    kept = [leaf.clone() for leaf in leaves]
+    given_ = [leaf.requires_grad_() for leaf in leaves]
+    state = Elementwise.State(given_[2])
+    output, after = run(Elementwise(), Elementwise.Inputs(*given_[:2]), state, Span.of(2, time))
+    torch.autograd.grad(output.sum() + after.state.sum(), given_)
+    assert all(torch.equal(leaf, before) for leaf, before in zip(leaves, kept, strict=True))
+
+
 @pytest.mark.parametrize("start", [0, 1_000_000])
 def test_a_turning_memory_is_a_real_one_in_a_turning_frame(start: int) -> None:
     time, width = 50, 6

@@ -191,3 +191,21 @@ def test_settings_out_of_range_are_refused_by_name(settings: dict[str, object]) 
     (name,) = settings
     with pytest.raises(UserError, match=name):
         parse(Sampling, settings, who="generate")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_tokens_are_drawn() -> None:
+    samplings = [
+        Sampling(seed=1),
+        Sampling(seed=2, temperature=0),
+        Sampling(seed=3, top_k=40, top_p=0.9),
+        Sampling(seed=4, min_p=0.01, repetition_penalty=1.2, logprobs=3),
+    ]
+    logits = 4 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
+    seen = torch.arange(50_000)[None].expand(4, -1) % 3 == 0
+    bias = [None, None, torch.where(torch.arange(50_000) < 100, -torch.inf, 0.0), None]
+    for position in range(20):
+        how = {"positions": [position] * 4, "seen": seen, "bias": bias}
+        expected, got = draw(logits, samplings, **how), draw(logits.cuda(), samplings, **how)
+        assert [one.token for one in got] == [one.token for one in expected]
+        assert [token for token, _ in got[3].top] == [token for token, _ in expected[3].top]

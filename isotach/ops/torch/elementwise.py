@@ -8,6 +8,9 @@ Rows and documents are one stream of tokens, cut into chunks wherever that falls
 to its first token, whose decay is then zero, so the scan need not know of documents (and a value that is not finite
 would reach the next one).
 
+What this takes is the time to read and write memory. So decays are formed when the first sweep comes to them, and where
+chunks come out even, v is read where it lies.
+
 Products of decays are formed, never quotients, so nothing overflows whatever the decay. Backwards, with do the gradient
 of o, the same scan runs from the last token to the first:
 
@@ -38,10 +41,14 @@ def _forward(
     v: Tensor, log_decay: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
     documents, chunk = _documents(v, cu_seqlens), _chunk(v, chunk_size)
-    h, decay = _stream(v, chunk), _stream(log_decay, chunk, exp=True)
-    h[documents.first] += decay[documents.first] * state[documents.row]
-    decay[documents.first] = 0
-    _scan(h.unflatten(0, (-1, chunk)), decay.unflatten(0, (-1, chunk)), backwards=False)
+    values, rates = _stream(v, chunk), _stream(log_decay, chunk)
+    h, decay = values.new_empty(values.shape), rates.new_empty(rates.shape)
+    first = documents.first
+    start = torch.exp(rates[first]) * state[documents.row]
+    _scan(
+        *(x.unflatten(0, (-1, chunk)) for x in (values, h, decay)),
+        rates=rates.unflatten(0, (-1, chunk)), joins=_joins(first, start, chunk),
+    )  # fmt: skip
     after = state.clone(memory_format=torch.contiguous_format)
     after[documents.row] = h[documents.last]
     return h[: v.shape[0] * v.shape[1]].view(v.shape), after
@@ -64,11 +71,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of v, log_decay and state."""
     documents, chunk = _documents(output, cu_seqlens), _chunk(output, chunk_size)
-    r, decay = _stream(grad_output, chunk), _stream(log_decay, chunk, exp=True, spare=1)
-    r[documents.last] += grad_state[documents.row]
+    given, decay = _stream(grad_output, chunk), _stream(log_decay, chunk, exp=True, spare=1)
+    r = given.new_empty(given.shape)
     fade = decay[documents.first]
     decay[documents.first] = 0
-    _scan(r.unflatten(0, (-1, chunk)), decay[1:].unflatten(0, (-1, chunk)), backwards=True)
+    _scan(
+        *(x.unflatten(0, (-1, chunk)) for x in (given, r, decay[1:])),
+        joins=_joins(documents.last, grad_state[documents.row], chunk), backwards=True,
+    )  # fmt: skip
     decay[documents.first] = fade
 
     h = output.flatten(0, 1)
@@ -129,14 +139,22 @@ def _documents(x: Tensor, cu_seqlens: Tensor | None) -> _Documents:
 
 
 def _chunk(x: Tensor, size: int | None) -> int:
-    """Tokens per chunk: m tokens take 2m operations in the chunks and T / m between them, fewest for m = √(T/2)."""
+    """Tokens per chunk: m tokens take 2m operations in the chunks and T / m between them, fewest for m = √(T/2). If
+    there is a divisor of T nearby, it is taken.
+    """
     tokens = x.shape[0] * x.shape[1]
-    return max(1, min(size or math.isqrt(tokens // 2), tokens))
+    if size is not None:
+        return max(1, min(size, tokens))
+    best = max(1, math.isqrt(tokens // 2))
+    even = [m for m in range(best // 2 + 1, 2 * best) if tokens % m == 0]
+    return min(even, key=lambda m: abs(m - best), default=best)
 
 
 def _stream(x: Tensor, chunk: int, *, exp: bool = False, spare: int = 0) -> Tensor:
-    """x (B, T, H, V) or e^x as (tokens, H, V), filled up with zeros to whole chunks and `spare` tokens more."""
+    """x (B, T, H, V), or e^x, as (tokens, H, V), filled up with zeros to whole chunks and `spare` tokens more."""
     tokens = x.shape[0] * x.shape[1]
+    if tokens % chunk == 0 and not exp and not spare:
+        return x.flatten(0, 1)
     stream = x.new_empty(-(-tokens // chunk) * chunk + spare, *x.shape[2:])
     own = stream[:tokens].view(x.shape)
     torch.exp(x, out=own) if exp else own.copy_(x)
@@ -144,25 +162,51 @@ def _stream(x: Tensor, chunk: int, *, exp: bool = False, spare: int = 0) -> Tens
     return stream
 
 
-def _scan(x: Tensor, decay: Tensor, *, backwards: bool) -> None:
-    """x_t ← x_t + decay_t ∘ x_{t-1} over the stream, in place; backwards x_t ← x_t + decay_t ∘ x_{t+1}.
+_Joins = dict[int, tuple[Tensor, Tensor]]
 
-    x (chunks, m, H, V); decay likewise, or with one head for all.
+
+def _joins(tokens: Tensor, values: Tensor, chunk: int) -> _Joins:
+    """What is added to some tokens of the stream, by place in the chunk: the chunks, and the values."""
+    places, found = tokens % chunk, {}
+    for place in places.unique().tolist():
+        own = places == place
+        found[place] = (tokens[own] // chunk, values[own])
+    return found
+
+
+def _scan(
+    x: Tensor, h: Tensor, decay: Tensor, *, joins: _Joins, rates: Tensor | None = None, backwards: bool = False
+) -> None:
+    """h_t ← x_t + decay_t ∘ h_{t-1} over the stream; backwards x_t + decay_t ∘ h_{t+1}.
+
+    x, h (chunks, m, H, V); decay likewise, or with one head for all. joins: what else is added. With `rates` decay is
+    still to be formed of them, and is zero where something joins.
     """
     order = -1 if backwards else 1
-    values, decays = x.unbind(1)[::order], decay.unbind(1)[::order]
-    added, faded = values[0].clone(), decays[0].clone()
-    for value, fade in zip(values[1:], decays[1:], strict=True):
-        torch.addcmul(value, fade, added, out=added)
-        faded.mul_(fade)
-    _sweep(added.unbind(0)[::order], faded.unbind(0)[::order])
+    places = range(x.shape[1])[::order]
+    values, memories, decays = x.unbind(1), h.unbind(1), decay.unbind(1)
+    logs = None if rates is None else rates.unbind(1)
+    added, faded = torch.zeros_like(values[0]), torch.ones_like(decays[0])
+    for t in places:
+        if logs is not None:
+            torch.exp(logs[t], out=decays[t])
+            if t in joins:
+                decays[t][joins[t][0]] = 0
+        torch.addcmul(values[t], decays[t], added, out=added)
+        if t in joins:
+            added.index_add_(0, *joins[t])
+        faded.mul_(decays[t])
+    ends, fades = added.unbind(0)[::order], faded.unbind(0)[::order]
+    for last, end, fade in zip(ends[:-1], ends[1:], fades[1:], strict=True):
+        end.addcmul_(fade, last)
+
+    before = torch.zeros_like(added)  # the memory at the end of the chunk before
     if backwards:
-        values[0][:-1].addcmul_(decays[0][:-1], added[1:])
+        before[:-1] = added[1:]
     else:
-        values[0][1:].addcmul_(decays[0][1:], added[:-1])
-    _sweep(values, decays)
-
-
-def _sweep(values: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> None:
-    for before, value, fade in zip(values[:-1], values[1:], decays[1:], strict=True):
-        value.addcmul_(fade, before)
+        before[1:] = added[:-1]
+    for t in places:
+        torch.addcmul(values[t], decays[t], before, out=memories[t])
+        if t in joins:
+            memories[t].index_add_(0, *joins[t])
+        before = memories[t]

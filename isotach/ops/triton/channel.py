@@ -40,12 +40,11 @@ from torch import Tensor
 from isotach.ops.decay import Decay
 from isotach.ops.triton import device
 from isotach.ops.triton.arithmetic import OPERANDS, product, tile
-from isotach.ops.triton.channels import fades, parted, since, until, weighed
+from isotach.ops.triton.channels import fades, parted, rates_at, since, until, weighed
 from isotach.ops.triton.layout import flat, padded, sides
-from isotach.ops.triton.pieces import cut, find_document, find_piece
+from isotach.ops.triton.pieces import chain, cut, find_document, find_piece
 
 SAFE = tl.constexpr(60.0)  # e^60 = 1e26 leaves rows and columns a factor of 1e12 in float32
-CHAINED = 1024  # numbers of a state that one program chains
 REGISTERS = 255  # of a thread, all there are: left to itself the assembler once took 128 and spilled thousands of bytes
 CHUNKS = (16, 32, 64)
 
@@ -122,7 +121,7 @@ def _fading_scores(  # type: ignore[no-untyped-def]
         xs = tile(x + token * x_token + head * x_head, rows[:, None], x_token, wide[None, :], count, K)
         ws = tile(w + token * w_token + head * w_head, rows[None, :], w_token, wide[:, None], count, K)
         zs = tile(z + token * z_token + head * z_head, rows[:, None], z_token, columns[None, :], count, V).to(OPERAND)
-        rates, far = _rates(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
+        rates, far = rates_at(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
         now, later = fades(rates, far, rows[:, None], wide[None, :], count, K)
         now_turned, later_turned = fades(rates, far, rows[None, :], wide[:, None], count, K)
         total = tl.sum(now_turned, 1)
@@ -230,7 +229,7 @@ def _fading_rows(  # type: ignore[no-untyped-def]
         ws = tile(w + token * w_token + head * w_head, rows[None, :], w_token, wide[:, None], count, V).to(OPERAND)
         zs = tile(z + token * z_token + head * z_head, rows[:, None], z_token, columns[None, :], count, K)
         zs = zs.to(tl.float32)
-        rates, far = _rates(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
+        rates, far = rates_at(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
         now, later = fades(rates, far, rows[:, None], columns[None, :], count, K)
         total = tl.sum(now, 0)
         first, second = since(now, CHUNK, 0), until(later, CHUNK, 0)
@@ -285,47 +284,6 @@ def _fading_rows(  # type: ignore[no-untyped-def]
     elif after is not None:
         if order == pieces - 1:
             tl.store(after + (own.to(tl.int64) * HEADS + head) * (K * V) + places, state, mask=inside)
-
-
-@triton.jit
-def _rates(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a chunk's log_decay begins, and how far tokens are apart there."""
-    log_decay += head * decay_head
-    far = decay_token
-    if PER_TOKEN:
-        log_decay += token * decay_token
-    else:
-        far = decay_token * 0
-        if cu_seqlens is None:
-            log_decay += own.to(tl.int64) * decay_token
-    return log_decay, far
-
-
-# fmt: off
-@triton.jit(do_not_specialize=["time", "piece"])
-def _chain(  # type: ignore[no-untyped-def]
-    before, between, totals, cu_seqlens, ends, time, piece, before_document, before_head, before_k, before_v,
-    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-):
-    # fmt: on
-    """A document's states after its pieces, in their order, in the place of what each adds to a state of zeros."""
-    BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    block, head, own = program % BLOCKS, (program // BLOCKS) % HEADS, program // (BLOCKS * HEADS)
-    _, _, pieces, slot = find_document(own, cu_seqlens, ends, time, piece)
-    places = block * BLOCK + tl.arange(0, BLOCK)
-    inside = places < K * V
-    state = tl.zeros((BLOCK,), tl.float32)
-    if before is not None:
-        if pieces > 1:
-            at = own.to(tl.int64) * before_document + head * before_head
-            spots = before + at + places // V * before_k + places % V * before_v
-            state = tl.load(spots, mask=inside, other=0.0).to(tl.float32)
-    for order in range(pieces - 1):
-        at = (slot + order).to(tl.int64) * HEADS + head
-        added = tl.load(between + at * (K * V) + places, mask=inside, other=0.0)
-        state = state * tl.exp(tl.load(totals + at * K + places // V, mask=inside, other=0.0)) + added
-        tl.store(between + at * (K * V) + places, state, mask=inside)
 
 
 def _config(x: Decay.Inputs, chunk_size: int | None) -> Config | str:
@@ -553,10 +511,7 @@ class _Call:
         totals = w.new_empty((pieces.between, heads, keys), dtype=torch.float32)
         self.fading_rows(None, w, z, None, between=between, totals=totals, reverse=reverse, exact=exact)
         with torch.cuda.device_of(w):
-            _chain[(pieces.documents * heads * triton.cdiv(keys * values, CHAINED),)](
-                before, between, totals, pieces.cu_seqlens, pieces.ends, pieces.time, pieces.tokens, *sides(before),
-                HEADS=heads, K=keys, V=values, BLOCK=CHAINED,
-            )  # fmt: skip
+            chain(pieces, before, between, totals)
         return between
 
     def _common(self, reverse: bool) -> dict[str, object]:

@@ -13,6 +13,20 @@ from isotach.ops.triton.arithmetic import tile
 
 
 @triton.jit
+def rates_at(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a chunk's log_decay begins, and how far tokens are apart there."""
+    log_decay += head * decay_head
+    far = decay_token
+    if PER_TOKEN:
+        log_decay += token * decay_token
+    else:
+        far = decay_token * 0
+        if cu_seqlens is None:
+            log_decay += own.to(tl.int64) * decay_token
+    return log_decay, far
+
+
+@triton.jit
 def fades(rates, stride, rows, channels, count, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """log_decay of each token and of the next; as rows and channels lie."""
     return (

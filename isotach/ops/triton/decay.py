@@ -45,10 +45,9 @@ from isotach.ops.decay import Decay
 from isotach.ops.triton import channel, device
 from isotach.ops.triton.arithmetic import OPERANDS, product, running, tile, weights
 from isotach.ops.triton.layout import flat, padded, sides
-from isotach.ops.triton.pieces import cut, find_document, find_piece
+from isotach.ops.triton.pieces import chain, cut, find_document, find_piece
 from isotach.ops.triton.step import free, one_token
 
-CHAINED = 1024  # numbers of a state that one program chains
 REGISTERS = 255  # of a thread, all there are: left to itself the assembler once took 32 and spilled thousands of bytes
 CHUNKS = (16, 32, 64, 128)
 
@@ -195,33 +194,6 @@ def _outputs(  # type: ignore[no-untyped-def]
     outputs *= tl.exp((total - sums if REVERSE else sums).to(tl.float32))[:, None]
     outputs = tl.dot(scores.to(OPERAND), zs.to(OPERAND), outputs, input_precision=PRECISION)
     return outputs, alone
-
-
-# fmt: off
-@triton.jit(do_not_specialize=["time", "piece"])
-def _chain(  # type: ignore[no-untyped-def]
-    before, between, totals, cu_seqlens, ends, time, piece, before_document, before_head, before_x, before_z,
-    HEADS: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr,
-):
-    # fmt: on
-    """A document's states after its pieces, in their order, in the place of what each adds to a state of zeros."""
-    BLOCKS: tl.constexpr = (X * Z + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    block, head, own = program % BLOCKS, (program // BLOCKS) % HEADS, program // (BLOCKS * HEADS)
-    _, _, pieces, slot = find_document(own, cu_seqlens, ends, time, piece)
-    places = block * BLOCK + tl.arange(0, BLOCK)
-    inside = places < X * Z
-    state = tl.zeros((BLOCK,), tl.float32)
-    if before is not None:
-        if pieces > 1:
-            at = own.to(tl.int64) * before_document + head * before_head
-            spots = before + at + places // Z * before_x + places % Z * before_z
-            state = tl.load(spots, mask=inside, other=0.0).to(tl.float32)
-    for order in range(pieces - 1):
-        at = (slot + order).to(tl.int64) * HEADS + head
-        added = tl.load(between + at * (X * Z) + places, mask=inside, other=0.0)
-        state = state * tl.exp(tl.load(totals + at)) + added
-        tl.store(between + at * (X * Z) + places, state, mask=inside)
 
 
 def _config(x: Decay.Inputs, chunk_size: int | None) -> Config | str:
@@ -427,10 +399,7 @@ class _Call:
         totals = w.new_empty((pieces.between, heads), dtype=torch.float32)
         self.sweep(None, w, z, None, between=between, totals=totals, reverse=reverse, exact=exact)
         with torch.cuda.device_of(w):
-            _chain[(pieces.documents * heads * triton.cdiv(wide * columns, CHAINED),)](
-                before, between, totals, pieces.cu_seqlens, pieces.ends, pieces.time, pieces.tokens, *sides(before),
-                HEADS=heads, X=wide, Z=columns, BLOCK=CHAINED,
-            )  # fmt: skip
+            chain(pieces, before, between, totals)
         return between
 
     def decay_gradient(self, ledger: "_Ledger", owed: Tensor | None) -> Tensor:

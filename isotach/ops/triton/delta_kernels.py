@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from isotach.ops.triton.arithmetic import product, running, tile, weights
-from isotach.ops.triton.channels import fades, parted, since, until, weighed
+from isotach.ops.triton.channels import fades, parted, rates_at, since, until, weighed
 from isotach.ops.triton.pieces import find_document, find_piece
 
 SAFE = tl.constexpr(60.0)  # e^60 = 1e26 leaves rows and columns a factor of 1e12 in float32
@@ -39,7 +39,7 @@ def invert(  # type: ignore[no-untyped-def]
     erase += token * erase_token + head * erase_head
     if write is not None:
         write += token * write_token + head * write_head
-    rates, rate_stride = _rates(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
+    rates, rate_stride = rates_at(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
 
     erased = tl.zeros((CHUNK, CHUNK), tl.float32)
     query_erase, query_write, read_write = erased, erased, erased
@@ -92,20 +92,6 @@ def _initial(  # type: ignore[no-untyped-def]
             spots += wide * wide_stride + columns * columns_stride
             state = tl.load(spots, mask=inside, other=0.0).to(tl.float32)
     return state
-
-
-@triton.jit
-def _rates(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where a chunk's log_decay begins, and how far tokens are apart there."""
-    log_decay += head * decay_head
-    stride = decay_token
-    if PER_TOKEN:
-        log_decay += token * decay_token
-    else:
-        stride = decay_token * 0
-        if cu_seqlens is None:
-            log_decay += own.to(tl.int64) * decay_token
-    return log_decay, stride
 
 
 @triton.jit
@@ -224,7 +210,7 @@ def solve(  # type: ignore[no-untyped-def]
         es = _at(erase, token, head, erase_token, erase_head, rows[None, :], wide[:, None], count, K)
         vs = _at(values, token, head, values_token, values_head, rows[:, None], columns[None, :], count, V)
         rs, es, near = rs.to(OPERAND), es.to(OPERAND), vs.to(OPERAND)
-        rates, rate_stride = _rates(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
+        rates, rate_stride = rates_at(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
         if PER_CHANNEL:
             into, left, last = _channel_fades(rates, rate_stride, rows, wide, count, K, REVERSE)
             seen = 0
@@ -455,7 +441,7 @@ def differentiate(  # type: ignore[no-untyped-def]
             betas = _betas(beta, token, head, beta_token, beta_head, rows, count)[:, None]
             if not REVERSE:
                 z1s *= betas
-        rates, rate_stride = _rates(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
+        rates, rate_stride = rates_at(log_decay, own, token, head, decay_token, decay_head, cu_seqlens, PER_TOKEN)
         if PER_CHANNEL:
             now, later = fades(rates, rate_stride, rows[:, None], columns[None, :], count, K)
             into, left, last = since(now, CHUNK, 0), until(later, CHUNK, 0), tl.exp(tl.sum(now, 0))[None, :]

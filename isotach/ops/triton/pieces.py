@@ -20,9 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from isotach.ops.triton.device import processors
+from isotach.ops.triton.layout import sides
 
 # Reasoned, not measured.
 PROGRAMS = 2  # that a processor should have
+CHAINED = 1024  # numbers of a state that one program chains
 SHORTEST = 1024  # tokens of a piece: the states between take as much memory traffic as its rows where K = V = 128
 
 
@@ -105,3 +107,45 @@ def find_document(own, cu_seqlens, ends, time, piece):  # type: ignore[no-untype
     else:
         slot = own * (pieces - 1)
     return start, length, pieces, slot
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["time", "piece"])
+def _chain(  # type: ignore[no-untyped-def]
+    before, between, totals, cu_seqlens, ends, time, piece, before_document, before_head, before_x, before_z,
+    HEADS: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+):
+    # fmt: on
+    """A document's states after its pieces, in their order, in the place of what each adds to a state of zeros."""
+    BLOCKS: tl.constexpr = (X * Z + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    block, head, own = program % BLOCKS, (program // BLOCKS) % HEADS, program // (BLOCKS * HEADS)
+    _, _, pieces, slot = find_document(own, cu_seqlens, ends, time, piece)
+    places = block * BLOCK + tl.arange(0, BLOCK)
+    inside = places < X * Z
+    state = tl.zeros((BLOCK,), tl.float32)
+    if before is not None:
+        if pieces > 1:
+            at = own.to(tl.int64) * before_document + head * before_head
+            spots = before + at + places // Z * before_x + places % Z * before_z
+            state = tl.load(spots, mask=inside, other=0.0).to(tl.float32)
+    for order in range(pieces - 1):
+        at = (slot + order).to(tl.int64) * HEADS + head
+        added = tl.load(between + at * (X * Z) + places, mask=inside, other=0.0)
+        if PER_CHANNEL:
+            total = tl.load(totals + at * X + places // Z, mask=inside, other=0.0)
+        else:
+            total = tl.load(totals + at)
+        state = state * tl.exp(total) + added
+        tl.store(between + at * (X * Z) + places, state, mask=inside)
+
+
+def chain(pieces: Pieces, before: Tensor | None, between: Tensor, totals: Tensor) -> None:
+    """States after pieces into `between` (·, H, X, Z), from what each adds and `totals` (·, H) or (·, H, X) of its
+    log_decay; `before` is of documents."""
+    _, heads, wide, columns = between.shape
+    _chain[(pieces.documents * heads * triton.cdiv(wide * columns, CHAINED),)](
+        before, between, totals, pieces.cu_seqlens, pieces.ends, pieces.time, pieces.tokens, *sides(before),
+        HEADS=heads, X=wide, Z=columns, BLOCK=CHAINED, PER_CHANNEL=totals.dim() == 3,
+    )  # fmt: skip
