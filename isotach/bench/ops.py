@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from isotach.allocator import keep_blocks
 from isotach.bench import families, peers
 from isotach.bench.bars import OURS, figures
 from isotach.bench.families import BACKWARD, BOTH, FORWARD, OPERATIONS, PASSES, Leaves, Operation, Shape
@@ -105,6 +106,7 @@ def measure(
 
     No cell is begun after `minutes`; those that are left are named. What figures are read off comes first.
     """
+    keep_blocks()  # as `isotach train` does: else everybody pays for fresh pages, call after call
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     grid = tuple(GRIDS[device.type]()) if cells is None else tuple(cells)
     result = Result({"device": device.type, "rounds": rounds, "against": list(against)})
