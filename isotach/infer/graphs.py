@@ -5,9 +5,14 @@
 Nothing is copied between steps of the same rows. When rows come or go, their states are copied into `a` once. There is
 a pair of graphs for every number of rows that is a power of two; the rows between are stepped along and left out.
 
+A graph does what was recorded, whatever the numbers. So a decoder is recorded only if its step looks at none (`swa`
+asks how much is in its window): that is found out by a step on tensors that have no values.
+
 Checked with another device's stand-in for a graph; not yet run or measured on a GPU (docs/numerics.md).
 """
 
+import itertools
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +27,8 @@ from isotach.models.state import DecoderState
 from isotach.nn.mixer import MixerState
 from isotach.ops.recurrence import Paired
 
+_log = logging.getLogger("isotach")
+
 Work = Callable[[], Tensor]
 # What a work gives, and how it is done again: with what then is in the memory that it reads, into that it writes.
 Capture = Callable[[Work], tuple[Tensor, Callable[[], object]]]
@@ -32,13 +39,14 @@ class Stepper:
 
     capture: how a work is recorded; None for CUDA graphs on a GPU, and for nothing of all this elsewhere.
 
-    The state that a step gives is overwritten by the second step after it: whoever keeps it longer copies it. States
-    that grow are stepped as `calls.step` does, and so stay valid.
+    The state that a step gives is overwritten by the second step after it: whoever keeps it longer copies it. What
+    grows, or looks at values, is stepped as `calls.step` does, and so stays valid.
     """
 
     def __init__(self, decoder: Decoder, *, capture: Capture | None = None) -> None:
         self._decoder = decoder
         self._capture = _Pool().capture if capture is None and decoder.device.type == "cuda" else capture
+        self._records: bool | None = None  # once there was a state
         self._halves: tuple[DecoderState, DecoderState] | None = None  # with room for as many rows as there ever were
         self._graphs: dict[int, _Graphs] = {}
         self._given: tuple[DecoderState, int] | None = None  # the last state that was given, and which half it is
@@ -46,7 +54,9 @@ class Stepper:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], state: DecoderState) -> tuple[Float[Tensor, "R vocab"], DecoderState]:
         """Logits for the token after each row's, and the state after it."""
-        if self._capture is None or state.grows:
+        if self._capture is not None and self._records is None:
+            self._records = not state.grows and _looks_at_nothing(self._decoder, state)
+        if self._capture is None or not self._records:
             return step(self._decoder, tokens, state)
         graphs = self._for(state)
         half = self._given[1] if self._given is not None and self._given[0] is state else graphs.enter(state)
@@ -86,10 +96,7 @@ class _Graphs:
     def _work(self, half: int) -> Tensor:
         """One token from a half to the other."""
         now, after = self._halves[half], self._halves[1 - half]
-        pairs: list[MixerState] = []
-        for own, into in zip(now.blocks, after.blocks, strict=True):
-            pairs.append({name: Paired(own[name], into[name]) for name in own})
-        logits, found = self._decoder(self._tokens, DecoderState(tuple(pairs), now.positions))
+        logits, found = self._decoder(self._tokens, _paired(now, after))
         written: list[MixerState] = []
         for block in found.blocks:
             written.append({name: one.now if isinstance(one, Paired) else one for name, one in block.items()})
@@ -114,6 +121,33 @@ class _Pool:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others may load states
             result = work()
         return result, graph.replay
+
+
+def _looks_at_nothing(decoder: Decoder, state: DecoderState) -> bool:
+    """Whether a step is the same operations whatever the numbers."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    weights = itertools.chain(decoder.named_parameters(), decoder.named_buffers())
+    without = _each(state, mode.from_tensor)
+    with mode:
+        tokens = torch.zeros(state.rows, 1, dtype=torch.int64, device=decoder.device)
+        after = _each(without, torch.empty_like)
+        try:
+            torch.func.functional_call(
+                decoder, {name: mode.from_tensor(weight) for name, weight in weights}, (tokens, _paired(without, after))
+            )
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            _log.info("steps are not recorded as graphs: one looks at a value (%s)", error)
+            return False
+    return True
+
+
+def _paired(now: DecoderState, after: DecoderState) -> DecoderState:
+    blocks: list[MixerState] = []
+    for own, into in zip(now.blocks, after.blocks, strict=True):
+        blocks.append({name: Paired(own[name], into[name]) for name in own})
+    return DecoderState(tuple(blocks), now.positions)
 
 
 def _room(like: DecoderState, rows: int) -> DecoderState:

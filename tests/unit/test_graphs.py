@@ -116,6 +116,16 @@ def test_there_are_no_graphs_on_a_cpu() -> None:
     assert all(map(torch.equal, leaves(state), leaves(expected)))
 
 
+LOOKING = ("cosformer", "swa", "transnormer")  # at how far a row is, and at what is in a window or a block
+
+
+@pytest.mark.parametrize("name", streaming())
+def test_what_looks_at_values_is_not_recorded(name: str) -> None:
+    """It steps all the same; everything else is recorded."""
+    recorder = check(model(name, name), [1, 1, 2, 2])
+    assert (recorder.recorded == 0) == (name in LOOKING)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", streaming())
 def test_on_a_gpu(name: str) -> None:
