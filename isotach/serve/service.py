@@ -11,6 +11,7 @@ from isotach.data.tokenizer import ByteTokenizer
 from isotach.infer.answer import Constraint
 from isotach.infer.generate import encode
 from isotach.infer.sample import Sampling
+from isotach.infer.snapshot import Snapshot
 from isotach.serve import tools
 from isotach.serve.chat import Answers, Template, Written, special_names
 from isotach.serve.conversations import Basis, Conversations, Said, said
@@ -235,14 +236,31 @@ class Service:
             message = f"timeout: expected to be done within {self.limits.timeout:g} seconds; read less at once"
             raise ApiError(504, message, code="timeout") from None
         call.facts |= {"prompt_tokens": ticket.usage.prompt_tokens, "cached_tokens": ticket.usage.cached_tokens}
-        keep = partial(self.conversations.keep, messages=told, title=title)
-        return await asyncio.to_thread(keep, call.owner, basis, snapshot, request.tokens)
+        return await self._store(call, basis, snapshot, request.tokens, messages=told, title=title)
 
     async def _keep(
         self, call: Call, basis: Basis, answer: Choice, tokens: Sequence[int], told: Sequence[Said] | None
     ) -> State:
-        keep = partial(self.conversations.keep, messages=told)
-        return await asyncio.to_thread(keep, call.owner, basis, answer.snapshot(), tokens)
+        return await self._store(call, basis, answer.snapshot(), tokens, messages=told)
+
+    async def _store(self, call: Call, basis: Basis, snapshot: Snapshot, tokens: Sequence[int], **told: Any) -> State:
+        """Store what came of a request; whose client leaves meanwhile will never know its id, so it is deleted again,
+        but for a session's, which has a name.
+        """
+        keep = partial(self.conversations.keep, call.owner, basis, snapshot, tokens, **told)
+        storing = asyncio.ensure_future(asyncio.to_thread(keep))
+        try:
+            return await asyncio.shield(storing)
+        except asyncio.CancelledError:
+            if basis.session is None:
+                storing.add_done_callback(partial(self._forget, call.owner))
+            raise
+
+    def _forget(self, owner: str, storing: "asyncio.Future[State]") -> None:
+        if storing.cancelled() or storing.exception() is not None:
+            return
+        delete = partial(self.conversations.store.delete, owner, storing.result()["id"])
+        asyncio.get_running_loop().run_in_executor(None, delete)
 
     async def _basis(self, call: Call, body: Generation | StateRequest) -> Basis:
         """What the request continues. A session is this request's until it is over."""
