@@ -97,7 +97,7 @@ class Service:
                 return None
             told = said(messages, written.ends, before=len(basis))
             told.append(Said(role="assistant", content=answer.text, end=snapshot.tokens))
-            return await self._keep(call, basis, answer, [*written.tokens, *ids], told)
+            return await self._store(call, basis, snapshot, [*written.tokens, *ids], messages=told)
 
         return await self._reply(call, body, [group], form, keep)
 
@@ -126,7 +126,7 @@ class Service:
             if not (body.store or body.session_id):
                 return None
             tokens = [*behind[answer.index][1].request.tokens, *answer.tokens]
-            return await self._keep(call, basis, answer, tokens, None)
+            return await self._store(call, basis, answer.snapshot(), tokens, messages=None)
 
         return await self._reply(call, body, groups, form, keep)
 
@@ -238,16 +238,20 @@ class Service:
         call.facts |= {"prompt_tokens": ticket.usage.prompt_tokens, "cached_tokens": ticket.usage.cached_tokens}
         return await self._store(call, basis, snapshot, request.tokens, messages=told, title=title)
 
-    async def _keep(
-        self, call: Call, basis: Basis, answer: Choice, tokens: Sequence[int], told: Sequence[Said] | None
+    async def _store(
+        self,
+        call: Call,
+        basis: Basis,
+        snapshot: Snapshot,
+        tokens: Sequence[int],
+        *,
+        messages: Sequence[Said] | None,
+        title: str | None = None,
     ) -> State:
-        return await self._store(call, basis, answer.snapshot(), tokens, messages=told)
-
-    async def _store(self, call: Call, basis: Basis, snapshot: Snapshot, tokens: Sequence[int], **told: Any) -> State:
         """Store what came of a request; whose client leaves meanwhile will never know its id, so it is deleted again,
         but for a session's, which has a name.
         """
-        keep = partial(self.conversations.keep, call.owner, basis, snapshot, tokens, **told)
+        keep = partial(self.conversations.keep, call.owner, basis, snapshot, tokens, messages=messages, title=title)
         storing = asyncio.ensure_future(asyncio.to_thread(keep))
         try:
             return await asyncio.shield(storing)
