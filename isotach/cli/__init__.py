@@ -19,9 +19,9 @@ import typer
 from isotach import __version__
 from isotach.errors import UserError
 
-# How often GNU OpenMP looks for more work before its threads sleep: for 0.1 ms, not 3. Between the operations of a step
+# How often GNU OpenMP looks for more work before its threads sleep: for 0.3 ms, not 3. Between the operations of a step
 # that is as good, and where other programs want the processors too, far better (docs/log.md).
-WAITING = "10000"
+WAITING = "30000"
 
 # What the file system may answer, and what the user can do about it.
 REMEDIES = {
