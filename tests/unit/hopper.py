@@ -20,7 +20,7 @@ driver.set_active(
     )
 )
 
-from isotach.ops.triton import channel, decay, delta, delta_kernels, elementwise, pieces, window  # noqa: E402
+from isotach.ops.triton import channel, decay, delta, delta_kernels, elementwise, pieces, step, window  # noqa: E402
 
 
 class Compiled:
@@ -101,12 +101,21 @@ def channel_deltas(time: int) -> None:
     deltas(time, 64)
 
 
+def steps(rows: int) -> None:
+    """A token of decay per channel, and of the delta rule with one key and with three."""
+    q, k, v = (torch.empty(rows, 1, 3, 64, dtype=torch.bfloat16) for _ in range(3))
+    log_decay, state, beta = torch.empty(rows, 1, 3, 64), torch.empty(rows, 3, 64, 64), torch.empty(rows, 1, 3, 1)
+    for keys in ((None, None, None), (beta, None, None), (None, k, k)):
+        step.one_token(q, k, v, log_decay, state, torch.empty_like(state), *keys)
+
+
 DELTA = ("invert", "solve", "chain", "differentiate")
 FAMILIES: dict[str, tuple[Any, tuple[str, ...], Any]] = {
     "channel": (channel, ("_fading_scores", "_fading_rows"), channels),
     "delta": (delta_kernels, DELTA, deltas),
     "channel delta": (delta_kernels, DELTA, channel_deltas),
     "elementwise": (elementwise, ("_sweep",), scans),
+    "step": (step, ("_step",), steps),
     "window": (window, ("_forward_tile", "_forward_state", "_backward_tiles", "_backward_state"), convolutions),
 }
 

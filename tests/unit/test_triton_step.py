@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import isotach.ops.triton.higher_order  # noqa: F401  registers
 import isotach.ops.triton.step as kernels
 from isotach.ops.triton import delta  # noqa: F401  registers
-from tests.unit.interpreter import WIDE, drawn, interpreted
+from tests.unit.interpreter import WIDE, drawn, hopper, interpreted
 
 FAMILIES: tuple[Recurrence, ...] = (Decay(), Delta(), SplitDelta(), SecondOrder(), Asymmetric(), ThirdOrder())
 KINDS = [(rec, variant) for rec in FAMILIES for variant in rec.variants]
@@ -162,6 +162,15 @@ def test_shapes_without_numbers() -> None:
     x, state = token(Delta(), "channel")
     given = (x.q, x.k, x.v, x.log_decay, state.state, state.state, x.beta)
     assert kernels.one_token(*(leaf.to("meta", torch.float32) for leaf in given)).shape == x.v.shape
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_once() -> None:
+    """Interpreted kernels never meet the compiler's types; more rows compile nothing more."""
+    report = hopper("step")
+    assert report["kernels"] == 3
+    assert report["more_for_other_lengths"] == 0
+    assert report["transposed"] == 0
 
 
 @pytest.mark.gpu

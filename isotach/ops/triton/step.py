@@ -5,7 +5,8 @@
 decay has neither e nor r; Delta has r = k, and β k for e and for k. Without a kernel of their own these are five to
 eight passes over the state, which is all that a step of many rows takes time for.
 
-There is no gradient. Checked in Triton's interpreter; not yet run or measured on a GPU (docs/numerics.md).
+There is no gradient. Checked in Triton's interpreter and compiled for Hopper; not yet run or measured on a GPU
+(docs/numerics.md).
 """
 
 import torch
