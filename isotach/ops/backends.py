@@ -22,12 +22,16 @@ Step = Callable[[Any, Tensors, Tensors, Tensors | None], tuple[Tensor, Tensors]]
 Refusal = Callable[[Tensors, int | None], str | None]
 
 
+def _everything(x: Tensors, chunk_size: int | None) -> None:
+    """What a kernel refuses that takes every call."""
+
+
 class Entry(NamedTuple):
     """A kernel, the kind of device it runs on where it does not run on all, and what it says to what it cannot take."""
 
     kernel: Kernel
     device: str | None = None
-    refusal: Refusal = lambda x, chunk_size: None
+    refusal: Refusal = _everything
     step: Step | None = None
 
 
@@ -42,7 +46,7 @@ def register(
     backend: str,
     *,
     device: str | None = None,
-    refusal: Refusal | None = None,
+    refusal: Refusal = _everything,
     step: Step | None = None,
 ) -> Callable[[Kernel], Kernel]:
     """Make the decorated function the `backend` of `family`, on `device` only where it is named.
@@ -51,10 +55,22 @@ def register(
     """
 
     def add(kernel: Kernel) -> Kernel:
-        _kernels[family, backend] = Entry(kernel, device, refusal or Entry._field_defaults["refusal"], step)
+        _kernels[family, backend] = Entry(kernel, device, refusal, step)
         return kernel
 
     return add
+
+
+def no_second_derivative(name: str, backend: str) -> Callable[..., None]:
+    """The autograd rule of a backward that has none itself."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{name}: the {backend} backend has no second derivative; got a backward through its backward; "
+            "use backend='reference' for gradients of gradients"
+        )
+
+    return refuse
 
 
 def find(rec: Recurrence, backend: str, x: Tensors, chunk_size: int | None) -> Kernel | None:

@@ -139,9 +139,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, family: type[Recurrence]) -> py
 def replayed(case: Case, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """Forward and backward captured as a CUDA graph and replayed for new inputs in the same memory, and as they are."""
     x, weight = case.inputs(dtype), case.weights[0].to(dtype)
+    state = type(case.state)(*(leaf.to(torch.promote_types(dtype, torch.float32)) for leaf in case.state))
 
     def step() -> tuple[Tensor, ...]:
-        output, _ = run(case.rec, x, None, case.span, backend="triton")
+        output, _ = run(case.rec, x, state, case.span, backend="triton")
         return (output, *torch.autograd.grad(output, x, weight))
 
     stream = torch.cuda.Stream()

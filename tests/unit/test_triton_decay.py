@@ -6,14 +6,9 @@ results are then compared as if they had 16 bits too.
 """
 
 import ast
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,34 +25,11 @@ pytest.importorskip("triton")
 import isotach.ops.triton
 from isotach.ops.triton import decay as kernels
 from isotach.ops.triton import device, pieces
+from tests.unit.interpreter import Case, compiled_and_plain, hopper, interpreted, replayed
 
 REC = Decay()
 FOLDER = Path(isotach.ops.triton.__file__).parent
-NAMES = ("output", "state", "dq", "dk", "dv", "dlog_decay", "dstate")
-# Of the gradient of a rate that all tokens share, a sum over all pairs of them. It is one number per head: which of two
-# backends is nearer is then a lottery.
-FEW = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 BOUNDS = [0, 1, 2, 18, 18, 60, 60]  # documents of one token, of none, inside a chunk and across chunks
-
-
-class Case(NamedTuple):
-    """Inputs in float64 that float32 or a narrower dtype holds exactly, and what weighs outputs and final state."""
-
-    x: Decay.Inputs
-    state: Tensor
-    weights: tuple[Tensor, Tensor]
-    span: Span
-
-    def everything(self, backend: str, dtype: torch.dtype, chunk_size: int | None = None) -> list[Tensor]:
-        """Outputs, final state and all gradients; decays and states are float32 beside 16 bits."""
-        wide = torch.promote_types(dtype, torch.float32)
-        dtypes = (dtype, dtype, dtype, wide, wide)
-        leaves = [leaf.to(t).requires_grad_() for leaf, t in zip((*self.x, self.state), dtypes, strict=True)]
-        x, state = Decay.Inputs(*leaves[:4]), Decay.State(leaves[4])
-        output, after = run(REC, x, state, self.span, backend=backend, chunk_size=chunk_size)  # type: ignore[arg-type]
-        values = (output, after.state)
-        grads = torch.autograd.grad(values, leaves, [w.to(v.dtype) for w, v in zip(self.weights, values, strict=True)])
-        return [*(value.detach() for value in values), *grads]
 
 
 def case(
@@ -85,50 +57,12 @@ def case(
     q, k, v, weight = (normal(batch, time, heads, size) for size in (width, width, values, values))
     state, state_weight = (normal(rows, heads, width, values, exact=torch.float32) for _ in range(2))
     span = Span.of(batch, time, device=where) if bounds is None else Span.packed(torch.tensor(bounds, device=where))
-    return Case(Decay.Inputs(q, k, v, log_decay), state, (weight, state_weight), span)
-
-
-def excess(case: Case, dtype: torch.dtype = torch.float32, chunk_size: int | None = None) -> dict[str, float]:
-    """Our error over the plain backend's, both against float64, by what was computed; over FEW, of a few numbers."""
-    exact = case.everything("reference", torch.float64)
-    got, plain = case.everything("triton", dtype, chunk_size), case.everything("torch", dtype)
-    ratios = {}
-    for name, ours, theirs, want in zip(NAMES, got, plain, exact, strict=True):
-        assert bool(ours.isfinite().all()), name
-        assert ours.dtype == theirs.dtype, name
-        errors = [float((each.to(dtype).double() - want).norm() / want.norm()) for each in (ours, theirs)]
-        allowed = max(errors[1], torch.finfo(dtype).eps / 4) if want.numel() > 100 else FEW[dtype]
-        ratios[name] = errors[0] / allowed
-    return ratios
+    return Case(REC, Decay.Inputs(q, k, v, log_decay), Decay.State(state), (weight, state_weight), span)
 
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Kernels take inputs on the CPU, in the interpreter; as it multiplies bfloat16 as integers, it is mended."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    if torch.cuda.is_available():
-        pytest.skip("kernels are defined for the GPU")
-    builder = interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
-
-    def widened(value: Any) -> Any:
-        if value.dtype.scalar != language.bfloat16:
-            return value
-        return interpreter.TensorHandle((value.data.astype(np.uint32) << 16).view(np.float32), language.float32)
-
-    def rounded(self: Any, value: Any, to: Any) -> Any:
-        if to.scalar != language.bfloat16 or value.dtype.scalar != language.float32:
-            return cast(self, value, to)
-        near = torch.from_numpy(np.ascontiguousarray(value.data)).bfloat16().view(torch.uint16).numpy()
-        return interpreter.TensorHandle(near, language.bfloat16)
-
-    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
-    monkeypatch.setattr(builder, "cast_impl", rounded)
-    entry = backends._kernels[Decay, "triton"]
-    monkeypatch.setitem(backends._kernels, (Decay, "triton"), entry._replace(device="cpu"))
-    return monkeypatch
+    return interpreted(monkeypatch, Decay)
 
 
 def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +88,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["token", "constant", "hard token", "hard constant", "packed"],
 )
 def test_values_and_gradients(on_cpu: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
-    ratios = excess(case(**how), chunk_size=16)
+    ratios = case(**how).excess(chunk_size=16)
     assert max(ratios.values()) <= 2, ratios
 
 
@@ -164,13 +98,13 @@ def test_cut_documents(on_cpu: pytest.MonkeyPatch, bounds: list[int] | None, per
     cut_short(on_cpu)
     given = case(batch=1 if bounds else 2, heads=1, time=60 if bounds else 70, bounds=bounds, per_token=per_token)
     assert kernels._Call(given.x._replace(q=given.x.q.float()), given.span.cu_seqlens, 16).pieces.between > 0
-    ratios = excess(given, chunk_size=16)
+    ratios = given.excess(chunk_size=16)
     assert max(ratios.values()) <= 2, ratios
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(on_cpu: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    ratios = excess(case(dtype=dtype, heads=1), dtype, chunk_size=16)
+    ratios = case(dtype=dtype, heads=1).excess(dtype, chunk_size=16)
     assert max(ratios.values()) <= 2, ratios
 
 
@@ -194,23 +128,18 @@ def test_registered_operators(on_cpu: pytest.MonkeyPatch) -> None:
     """opcheck of both, no graph break, and no second derivative."""
     given = case(time=18, width=16, values=16)
     x = Decay.Inputs(*(leaf.float().requires_grad_() for leaf in given.x))
-    state = given.state.float().requires_grad_()
+    state = given.state.state.float().requires_grad_()
     torch.library.opcheck(kernels._forward, (*x, state, None, 16))
     plain = [leaf.detach() for leaf in (*x, state)]
     grad = torch.ones(1, 18, 2, 16)
     for grad_state, wanted in ((None, False), (state.detach(), True)):
         torch.library.opcheck(kernels._backward, (grad, grad_state, *plain, None, 16, wanted, wanted))
 
-    def forward(*leaves: Tensor) -> Tensor:
-        return run(REC, Decay.Inputs(*leaves), None, Span.of(1, 18), backend="triton", chunk_size=16)[0]
-
-    torch.compiler.reset()
-    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
-    got, expected = (torch.autograd.grad(function(*x).square().sum(), x) for function in (compiled, forward))
-    for a, b in zip(got, expected, strict=True):
+    for a, b in compiled_and_plain(given, torch.float32, 16):
         torch.testing.assert_close(a, b)
 
-    (first,) = torch.autograd.grad(forward(*x).square().sum(), x.q, create_graph=True)
+    output, _ = run(REC, x, None, given.span, backend="triton", chunk_size=16)
+    (first,) = torch.autograd.grad(output.square().sum(), x.q, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         first.sum().backward()
 
@@ -265,11 +194,11 @@ def test_a_pack_is_cut_without_looking_at_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_gradient_of_a_constant_rate_does_not_drift(on_cpu: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Found from far away, the errors of all tokens between would count: it would be off by 4e-5, and by 0.1."""
     given = case(time=700, heads=3, width=16, values=16, per_token=False, dtype=dtype)
-    assert excess(given, dtype)["dlog_decay"] <= 2
+    assert given.excess(dtype)["dlog_decay"] <= 2
 
 
 def test_chunks_longer_than_anchors_are_apart(on_cpu: pytest.MonkeyPatch) -> None:
-    ratios = excess(case(time=300, heads=1), chunk_size=128)
+    ratios = case(time=300, heads=1).excess(chunk_size=128)
     assert max(ratios.values()) <= 2, ratios
 
 
@@ -292,10 +221,7 @@ def test_the_benchmark_takes_the_kernels(on_cpu: pytest.MonkeyPatch) -> None:
 
 def test_kernels_compile_for_hopper_once() -> None:
     """Interpreted kernels never meet the compiler's types; a new length compiles nothing more."""
-    script = Path(__file__).with_name("hopper.py")
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(script), "64"], check=True, capture_output=True, text=True, env=plain)
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = hopper("64")
     assert report["kernels"] > 0
     assert report["more_for_other_lengths"] == 0
     assert report["shared"] <= kernels.CONFIGS[torch.bfloat16, 64].shared
@@ -329,7 +255,7 @@ GPU = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", GPU, ids=str)
 def test_law_7_on_a_gpu(how: dict[str, Any], dtype: torch.dtype) -> None:
-    ratios = excess(case(**how, dtype=dtype, where="cuda"), dtype)
+    ratios = case(**how, dtype=dtype, where="cuda").excess(dtype)
     assert max(ratios.values()) <= 2, ratios
 
 
@@ -339,8 +265,8 @@ def test_gradients_where_hopper_was_miscompiled(width: int) -> None:
     """Chunks of 64 tokens, the width of a matrix instruction, is where transposed products went wrong: by half."""
     given = case(batch=2, time=256, width=width, values=width, dtype=torch.bfloat16, where="cuda")
     exact = given.everything("reference", torch.float64)
-    for name, got, want in zip(NAMES, given.everything("triton", torch.bfloat16, 64), exact, strict=True):
-        assert float((got.double() - want).norm() / want.norm()) < 0.02, name
+    for name, got in given.everything("triton", torch.bfloat16, 64).items():
+        assert float((got.double() - exact[name]).norm() / exact[name].norm()) < 0.02, name
 
 
 @pytest.mark.gpu
@@ -356,7 +282,7 @@ def test_a_gpu_is_served_by_kernels() -> None:
 def test_results_repeat_to_the_bit(bounds: list[int] | None) -> None:
     given = case(time=4000, width=64, values=64, bounds=bounds, dtype=torch.bfloat16, where="cuda")
     first, second = (given.everything("triton", torch.bfloat16) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.gpu
@@ -364,27 +290,7 @@ def test_results_repeat_to_the_bit(bounds: list[int] | None) -> None:
 def test_a_captured_graph_replays(bounds: list[int] | None) -> None:
     """Forward and backward, new inputs in the same memory; nothing in them waits for the device."""
     given = case(time=4000, width=64, values=64, bounds=bounds, dtype=torch.bfloat16, where="cuda")
-    x = Decay.Inputs(*(leaf.to(t) for leaf, t in zip(given.x, [torch.bfloat16] * 3 + [torch.float32], strict=True)))
-    for leaf in x:
-        leaf.requires_grad_()
-    state, weight = given.state.float(), given.weights[0].bfloat16()
-
-    def step() -> tuple[Tensor, ...]:
-        output, _ = run(REC, x, Decay.State(state), given.span, backend="triton")
-        return (output, *torch.autograd.grad(output, x, weight))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.q.mul_(0.5)
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+    assert all(torch.equal(captured, alone) for captured, alone in replayed(given, torch.bfloat16))
 
 
 @pytest.mark.gpu

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isotach.ops.backends import register
+from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.chunks import Block
 from isotach.ops.decay import Decay
 from isotach.ops.recurrence import state_dtype
@@ -133,15 +133,8 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
     return (*grads, dlog if wanted[0] else None, before.to(state.dtype) if wanted[1] else None, None, None)
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "decay: the torch backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(no_second_derivative("decay", "torch"))
 
 
 class _Fade(NamedTuple):

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isotach.ops.backends import register
+from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.chunks import Block
 from isotach.ops.delta import Delta, SplitDelta
 from isotach.ops.recurrence import state_dtype
@@ -161,15 +161,8 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
     return *(grad.to(x.dtype) if w else None for grad, x, w in zip(grads, tensors, wanted, strict=False)), None, None
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "delta: the torch backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(no_second_derivative("delta", "torch"))
 
 
 class _Opened(NamedTuple):

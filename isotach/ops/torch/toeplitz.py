@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from isotach.ops.backends import register
+from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.recurrence import state_dtype
 from isotach.ops.toeplitz import Toeplitz
 
@@ -120,15 +120,8 @@ def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
     return (*_backward(grad, *ctx.saved_tensors), None)
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "toeplitz: the torch backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
 convolution.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(no_second_derivative("toeplitz", "torch"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isotach.ops.backends import register
+from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.window import Window
 
 BLOCK_BYTES = 1 << 20  # measured
@@ -94,15 +94,8 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
     return (*_backward(grad_output, grad_state, x, weight, state, cu_seqlens), None)
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "window: the torch backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(no_second_derivative("window", "torch"))
 
 
 def _blocks(stream: Tensor, read: int) -> Iterator[tuple[int, int]]:

@@ -30,13 +30,14 @@ rounding took as a second term.
 Gated Linear Attention (arXiv:2312.06635) for the chunks; the gradient of the decay is derived here.
 """
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from isotach.ops.backends import no_second_derivative
 from isotach.ops.decay import Decay
 from isotach.ops.triton import device
 from isotach.ops.triton.arithmetic import OPERANDS, product, tile
@@ -363,32 +364,29 @@ def _(grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, chunk_size
     return (*(x.new_empty(x.shape) for x in (q, k, v)), dlog, first)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
+def differentiated(forward: Any, backward: Any) -> None:
+    """Make `backward` the gradient of `forward`: operators of the decay family, which all take the same."""
+
+    def save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        *tensors, ctx.chunk_size = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def]
+        q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = q.new_zeros(()).expand(v.shape)
+        wanted = ctx.needs_input_grad[3:5]
+        *grads, dlog, before = backward(
+            grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, ctx.chunk_size, *wanted
+        )
+        return (*grads, dlog if wanted[0] else None, before.to(state.dtype) if wanted[1] else None, None, None)
+
+    forward.register_autograd(differentiate, setup_context=save)
+    backward.register_autograd(no_second_derivative("decay", "triton"))
 
 
-def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
-    if grad_output is None:
-        grad_output = q.new_zeros(()).expand(v.shape)
-    wanted = ctx.needs_input_grad[3:5]
-    *grads, dlog, before = _backward(
-        grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, ctx.chunk_size, *wanted
-    )
-    return (*grads, dlog if wanted[0] else None, before.to(state.dtype) if wanted[1] else None, None, None)
-
-
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "decay: the triton backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
-forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+differentiated(forward, _backward)
 
 
 class _Ledger(NamedTuple):

@@ -298,32 +298,7 @@ def _(grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, chunk_size
     return (*(x.new_empty(x.shape) for x in (q, k, v)), dlog, before)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
-    if grad_output is None:
-        grad_output = q.new_zeros(()).expand(v.shape)
-    wanted = ctx.needs_input_grad[3:5]
-    *grads, dlog, before = _backward(
-        grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, ctx.chunk_size, *wanted
-    )
-    return (*grads, dlog if wanted[0] else None, before.to(state.dtype) if wanted[1] else None, None, None)
-
-
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "decay: the triton backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+channel.differentiated(_forward, _backward)
 
 
 class _Call:

@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isotach.ops.backends import register
+from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.delta import Delta, SplitDelta
 from isotach.ops.triton import delta_kernels as kernels
 from isotach.ops.triton import device
@@ -63,6 +63,7 @@ CHAINED = 16  # columns of a state that one program chains
 WIDE = Operands(tl.float32, "tf32", "bf16x3", False)
 
 
+Inputs = Delta.Inputs | SplitDelta.Inputs
 Pair = tuple[Tensor, Tensor]  # values (B, T, H, V) and keys (B, T, H, K)
 Pairs = tuple[Pair, Pair | None]  # the second counts negatively
 
@@ -121,38 +122,29 @@ def _config(q: Tensor, v: Tensor, log_decay: Tensor, chunk_size: int | None) -> 
     return f"takes heads of at most 256 channels in bfloat16, float16 or float32; got {width} in {q.dtype}"
 
 
-def _refusal(x: Delta.Inputs | SplitDelta.Inputs, chunk_size: int | None) -> str | None:
+def _refusal(x: Inputs, chunk_size: int | None) -> str | None:
     config = _config(x.q, x.v, x.log_decay, chunk_size)
     return config if isinstance(config, str) else device.refusal(x.q.device, config.shared)
 
 
+def _keys(x: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """beta, read and erase, of which Delta has the first and SplitDelta the others."""
+    return (x.beta, None, None) if isinstance(x, Delta.Inputs) else (None, x.read, x.erase)
+
+
 def _step(
-    rec: Delta, x: Delta.Inputs, s: SplitDelta.State, into: SplitDelta.State | None
+    rec: Delta | SplitDelta, x: Inputs, s: SplitDelta.State, into: SplitDelta.State | None
 ) -> tuple[Tensor, SplitDelta.State]:
     after = free(s.state) if into is None else into.state
-    return one_token(x.q, x.k, x.v, x.log_decay, s.state, after, x.beta), SplitDelta.State(after)
-
-
-def _split_step(
-    rec: SplitDelta, x: SplitDelta.Inputs, s: SplitDelta.State, into: SplitDelta.State | None
-) -> tuple[Tensor, SplitDelta.State]:
-    after = free(s.state) if into is None else into.state
-    return one_token(x.q, x.k, x.v, x.log_decay, s.state, after, None, x.read, x.erase), SplitDelta.State(after)
+    return one_token(x.q, x.k, x.v, x.log_decay, s.state, after, *_keys(x)), SplitDelta.State(after)
 
 
 @register(Delta, "triton", device="cuda", refusal=_refusal, step=_step)
+@register(SplitDelta, "triton", device="cuda", refusal=_refusal, step=_step)
 def delta(
-    rec: Delta, x: Delta.Inputs, s: SplitDelta.State, cu_seqlens: Tensor | None, chunk_size: int | None
+    rec: Delta | SplitDelta, x: Inputs, s: SplitDelta.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, SplitDelta.State]:
-    output, state = _forward(x.q, x.k, x.v, x.log_decay, x.beta, None, None, s.state, cu_seqlens, chunk_size)
-    return output, SplitDelta.State(state)
-
-
-@register(SplitDelta, "triton", device="cuda", refusal=_refusal, step=_split_step)
-def split_delta(
-    rec: SplitDelta, x: SplitDelta.Inputs, s: SplitDelta.State, cu_seqlens: Tensor | None, chunk_size: int | None
-) -> tuple[Tensor, SplitDelta.State]:
-    output, state = _forward(x.q, x.k, x.v, x.log_decay, None, x.read, x.erase, s.state, cu_seqlens, chunk_size)
+    output, state = _forward(x.q, x.k, x.v, x.log_decay, *_keys(x), s.state, cu_seqlens, chunk_size)
     return output, SplitDelta.State(state)
 
 
@@ -254,15 +246,8 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
     return *(grad.to(x.dtype) if w else None for grad, x, w in zip(grads, tensors, wanted, strict=False)), None, None
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "delta: the triton backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(no_second_derivative("delta", "triton"))
 
 
 class _Call:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isotach.ops.backends import register
+from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.elementwise import Elementwise
 from isotach.ops.triton import device
 from isotach.ops.triton.pieces import cut, find_document, find_piece
@@ -240,15 +240,8 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
     return dv, dlog if wanted[0] else None, first.to(state.dtype) if wanted[1] else None, None, None
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "elementwise: the triton backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(no_second_derivative("elementwise", "triton"))
 
 
 class _Call:

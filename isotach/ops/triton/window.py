@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isotach.ops.backends import register
+from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.triton import device
 from isotach.ops.triton.device import processors
 from isotach.ops.window import Window
@@ -264,15 +264,8 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
     return dx, dweight, before.to(state.dtype) if wanted else None, None
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "window: the triton backend has no second derivative; got a backward through its backward; "
-        "use backend='reference' for gradients of gradients"
-    )
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(no_second_derivative("window", "triton"))
 
 
 class _Cut:
