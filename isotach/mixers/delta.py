@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from isotach.nn.conv import ShortConv
 from isotach.nn.feature_maps import feature_map
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
-from isotach.nn.norm import l2norm
+from isotach.nn.norm import gated, l2norm
 from isotach.ops.delta import Delta
 from isotach.ops.recurrence import state_dtype
 
@@ -65,7 +65,7 @@ class DeltaNet(Mixer):
         self.to_sum, self.strongest = config.norm == "sum", 2.0 if config.negative_eigenvalues else 1.0
         self.beta = linear(config.width, config.heads)
         self.gate = None if config.gate == "none" else linear(config.width, self.values)
-        self.activation = torch.sigmoid if config.gate == "sigmoid" else F.silu
+        self.activation = config.gate
         self.norm = nn.RMSNorm(self.values // config.heads, eps=1e-5)
         self.out = linear(self.values, config.width)
 
@@ -77,8 +77,7 @@ class DeltaNet(Mixer):
         return Delta.Inputs(q * q.shape[-1] ** -0.5, k, self.split(F.silu(v)), beta, never), x
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
-        y = self.norm(o).flatten(-2)
-        return self.out(y if self.gate is None else y * self.activation(self.gate(x)))
+        return self.out(gated(self.norm, o, None if self.gate is None else self.gate(x), self.activation))
 
     def _normalised(self, x: Tensor) -> Tensor:
         return x / (x.sum(-1, keepdim=True) + 1e-6) if self.to_sum else l2norm(x)

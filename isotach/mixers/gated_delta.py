@@ -17,12 +17,11 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from isotach.nn.conv import ShortConv
 from isotach.nn.forget import Forget
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
-from isotach.nn.norm import l2norm
+from isotach.nn.norm import gated, l2norm
 from isotach.ops.delta import Delta
 from isotach.ops.recurrence import state_dtype
 
@@ -66,7 +65,7 @@ class GatedDelta(Mixer):
         self.strongest = 2.0 if config.negative_eigenvalues else 1.0
         self.decay, self.forget = linear(config.width, self.heads), Forget(self.heads, 1, rates=RATES)
         self.gate = None if config.gate == "none" else linear(config.width, self.values)
-        self.activation = torch.sigmoid if config.gate == "sigmoid" else F.silu
+        self.activation = config.gate
         self.norm = nn.RMSNorm(self.values // self.heads, eps=1e-5)
         self.out = linear(self.values, config.width)
 
@@ -78,8 +77,7 @@ class GatedDelta(Mixer):
         return Delta.Inputs(q * q.shape[-1] ** -0.5, k, self.split(v), beta, log_decay), x
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
-        y = self.norm(o).flatten(-2)
-        return self.out(y if self.gate is None else y * self.activation(self.gate(x)))
+        return self.out(gated(self.norm, o, None if self.gate is None else self.gate(x), self.activation))
 
     def _for_every_value_head(self, x: Tensor) -> Tensor:
         """(B, T, keys) of length 1 per key head, each repeated for the value heads it serves."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
+from isotach.nn.norm import gated
 from isotach.ops.decay import Decay
 from isotach.ops.recurrence import state_dtype
 
@@ -58,4 +59,4 @@ class Gla(Mixer):
         return Decay.Inputs(q, k, v, F.logsigmoid(logits.to(state_dtype(x))) / self.temperature), x
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.out(self.norm(o).flatten(-2) * F.silu(self.gate(x)))
+        return self.out(gated(self.norm, o, self.gate(x), "silu"))

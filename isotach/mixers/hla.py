@@ -18,11 +18,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from isotach.nn.feature_maps import elu1
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
-from isotach.nn.norm import l2norm
+from isotach.nn.norm import gated, l2norm
 from isotach.ops.higher_order import Asymmetric, SecondOrder, ThirdOrder, Tokens
 from isotach.ops.recurrence import Recurrence
 
@@ -64,5 +63,4 @@ class HLA(Mixer):
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         if self.normalise:
             o = o[..., :-1] / (o[..., -1:] + EPS)
-        y = self.norm(o).flatten(-2)
-        return self.out(y if self.gate is None else y * F.silu(self.gate(x)))
+        return self.out(gated(self.norm, o, None if self.gate is None else self.gate(x), "silu"))

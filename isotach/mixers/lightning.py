@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
-from isotach.nn.norm import SRMSNorm
+from isotach.nn.norm import SRMSNorm, gated
 from isotach.nn.positions import alibi_slopes, angles, ladder, lrpe
 from isotach.ops.decay import Decay
 
@@ -56,7 +56,7 @@ class Lightning(Mixer):
         encodes = config.lrpe == "all" or (config.lrpe == "first" and place.index == 0)
         # One ladder over all heads, from 1 down to 1e-8, as released.
         self.theta = nn.Parameter(ladder(width).view(config.heads, -1)) if encodes else None
-        self.activate_values, self.sigmoid = config.values == "silu", config.gate_activation == "sigmoid"
+        self.activate_values, self.activation = config.values == "silu", config.gate_activation
         self.register_buffer("log_decay", -RATES[config.decay](config.heads, place), persistent=False)
 
     def project(self, x: Tensor, scan: Scan) -> tuple[Decay.Inputs, Tensor]:
@@ -70,11 +70,7 @@ class Lightning(Mixer):
         return Decay.Inputs(q, k, v, log_decay), x
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
-        y = self.norm(o.flatten(-2))
-        if self.gate is not None:
-            u = self.gate(x)
-            y = y * (u.sigmoid() if self.sigmoid else u)
-        return self.out(y)
+        return self.out(gated(self.norm, o, None if self.gate is None else self.gate(x), self.activation))
 
 
 def released_rates(heads: int, place: Place) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
+from isotach.nn.norm import gated
 from isotach.nn.positions import angles, ladder, rope
 from isotach.ops.decay import Decay
 
@@ -68,8 +69,8 @@ class Retnet(Mixer):
         return Decay.Inputs(rope(q, angle), rope(k, angle), v, log_decay), x
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.GroupNorm):
-            y = self.norm(o.flatten(0, 1).flatten(1)).unflatten(0, x.shape[:2])
-        else:
-            y = self.norm(o).flatten(-2)
-        return self.out(y * F.silu(self.gate(x)))
+        gate = self.gate(x)
+        if isinstance(self.norm, nn.RMSNorm):
+            return self.out(gated(self.norm, o, gate, "silu"))
+        y = self.norm(o.flatten(0, 1).flatten(1)).unflatten(0, x.shape[:2])
+        return self.out(y * F.silu(gate))

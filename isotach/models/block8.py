@@ -80,7 +80,7 @@ class Block8(nn.Module):
         return (
             isinstance(mixer, Lightning)
             and (mixer.energy, mixer.cache) == (None, None)
-            and (mixer.gate is not None, mixer.sigmoid, mixer.activate_values) == (True, False, False)
+            and (mixer.gate is not None, mixer.activation, mixer.activate_values) == (True, "none", False)
             and isinstance(ffn, GLU)
             and ffn.down.bias is None
             and min(*mixer.q.weight.shape, *ffn.up.weight.shape) >= least

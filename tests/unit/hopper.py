@@ -20,7 +20,17 @@ driver.set_active(
     )
 )
 
-from isotach.ops.triton import channel, decay, delta, delta_kernels, elementwise, pieces, step, window  # noqa: E402
+from isotach.ops.triton import (  # noqa: E402
+    channel,
+    decay,
+    delta,
+    delta_kernels,
+    elementwise,
+    gated_norm,
+    pieces,
+    step,
+    window,
+)
 
 
 class Compiled:
@@ -109,19 +119,28 @@ def steps(rows: int) -> None:
         step.one_token(q, k, v, log_decay, state, torch.empty_like(state), *keys)
 
 
+def gated_norms(time: int) -> None:
+    """Heads with a gain, gated by a slice of a projection."""
+    x, gate = torch.empty(2, time, 3, 64, dtype=torch.bfloat16), torch.empty(2, time, 4, 64, dtype=torch.bfloat16)
+    rest = (gate[:, :, 1:], torch.empty(64), 1e-6, "silu")
+    gated_norm.gated_norm(x, *rest)
+    gated_norm._backward(x, x, *rest)
+
+
 DELTA = ("invert", "solve", "chain", "differentiate")
 FAMILIES: dict[str, tuple[Any, tuple[str, ...], Any]] = {
     "channel": (channel, ("_fading_scores", "_fading_rows"), channels),
     "delta": (delta_kernels, DELTA, deltas),
     "channel delta": (delta_kernels, DELTA, channel_deltas),
     "elementwise": (elementwise, ("_sweep",), scans),
+    "gated norm": (gated_norm, ("_forward_tile", "_backward_tiles"), gated_norms),
     "step": (step, ("_step",), steps),
     "window": (window, ("_forward_tile", "_forward_state", "_backward_tiles", "_backward_state"), convolutions),
 }
 
 
 def report(module: Any, names: tuple[str, ...], call: Any) -> dict[str, int]:
-    pieces.processors = lambda device: 132
+    pieces.processors = gated_norm.processors = lambda device: 132
     places = [*((module, name) for name in names), (pieces, "_chain")]
     kernels = [Compiled(getattr(*place)) for place in places]
     for place, kernel in zip(places, kernels, strict=True):
