@@ -172,7 +172,7 @@ class _Walker:
     """So many sequences that go on from step to step, as the engine has them."""
 
     def __init__(self, decoder: Decoder, rows: int) -> None:
-        self._stepper, self._tokens = Stepper(decoder), [0] * rows
+        self._stepper, self._tokens = Stepper(decoder, values=False), [0] * rows
         self._state = decoder.initial().fork(rows)
         self.state_bytes = self._state.nbytes()
         self.step()  # which records the graphs

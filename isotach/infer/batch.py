@@ -85,7 +85,7 @@ class Batch:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self._decoder, self._tokenizer = decoder, tokenizer
-        self._stepper = Stepper(decoder)
+        self._stepper = Stepper(decoder, values=False)
         self._rows: list[Row] = []
         self._state: DecoderState | None = None  # of these rows
         self._joining: dict[Row, DecoderState] = {}

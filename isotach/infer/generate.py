@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from isotach.data.tokenizer import Tokenizer
 from isotach.errors import UserError
 from isotach.infer.answer import Answer, Event
-from isotach.infer.calls import read, step
+from isotach.infer.calls import read
 from isotach.infer.chain import TokenChain
+from isotach.infer.graphs import Stepper
 from isotach.infer.sample import Sampling, draw
 from isotach.infer.snapshot import Past, Snapshot
 from isotach.models.decoder import Decoder
@@ -44,6 +45,7 @@ class Session:
         self.tokenizer = tokenizer
         self.past: Past | None = None
         self.tokens: array[int] | None = array("I") if keep_tokens else None
+        self._stepper = Stepper(decoder, values=True)
 
     def __len__(self) -> int:
         """Tokens read and written so far."""
@@ -85,7 +87,8 @@ class Session:
         unshown: list[tuple[int, Past]] = []  # tokens read that may yet turn out to be inside a stop string
         finish = None
         while finish is None:
-            logits, state = step(self.decoder, [unread], past.state)
+            state = self.decoder.initial() if past.state is None else past.state
+            logits, state = self._stepper.step([unread], state)
             chain = past.chain.extended([unread])
             (drawn,) = draw(
                 logits, [answer.sampling], positions=[chain.length], seen=chain.seen[None], bias=[answer.bias()]
@@ -104,7 +107,7 @@ class Session:
     def fork(self) -> "Session":
         """An independent session with the same past, which costs nothing: states are values."""
         other = Session(self.decoder, self.tokenizer, keep_tokens=False)
-        other.past = self.past
+        other.past, other._stepper = self.past, self._stepper
         other.tokens = None if self.tokens is None else self.tokens[:]
         return other
 

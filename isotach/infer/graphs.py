@@ -37,14 +37,13 @@ Capture = Callable[[Work], tuple[Tensor, Callable[[], object]]]
 class Stepper:
     """`calls.step` for one decoder, as fast as its device allows.
 
+    values: whether a state that was given stays as it is. Otherwise the second step after it overwrites it: whoever
+        keeps it longer copies it. What grows, or looks at values, is stepped as `calls.step` does, and so stays valid.
     capture: how a work is recorded; None for CUDA graphs on a GPU, and for nothing of all this elsewhere.
-
-    The state that a step gives is overwritten by the second step after it: whoever keeps it longer copies it. What
-    grows, or looks at values, is stepped as `calls.step` does, and so stays valid.
     """
 
-    def __init__(self, decoder: Decoder, *, capture: Capture | None = None) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, *, values: bool, capture: Capture | None = None) -> None:
+        self._decoder, self._values = decoder, values
         self._capture = _Pool().capture if capture is None and decoder.device.type == "cuda" else capture
         self._records: bool | None = None  # once there was a state
         self._halves: tuple[DecoderState, DecoderState] | None = None  # with room for as many rows as there ever were
@@ -53,7 +52,7 @@ class Stepper:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], state: DecoderState) -> tuple[Float[Tensor, "R vocab"], DecoderState]:
-        """Logits for the token after each row's, and the state after it."""
+        """Logits for the token after each row's, which the next step overwrites, and the state after it."""
         if self._capture is not None and self._records is None:
             self._records = not state.grows and _looks_at_nothing(self._decoder, state)
         if self._capture is None or not self._records:
@@ -61,6 +60,8 @@ class Stepper:
         graphs = self._for(state)
         half = self._given[1] if self._given is not None and self._given[0] is state else graphs.enter(state)
         logits, after = graphs.step(half, tokens)
+        if self._values:
+            after = _each(after, Tensor.clone)
         self._given = after, 1 - half
         return logits, after
 
@@ -83,7 +84,7 @@ class _Graphs:
         self._recorded = [capture(partial(self._work, half)) for half in range(2)]
 
     def enter(self, state: DecoderState) -> int:
-        """Copy a state in; the half where it is."""
+        """Copy a state in, always into the same half; which one."""
         _copy(_first(self._halves[0], state.rows), state)
         return 0
 
