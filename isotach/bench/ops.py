@@ -387,13 +387,14 @@ def _lengths(document: Row) -> Iterator[Panel]:
 
 
 def _roofline(document: Row) -> Iterator[Panel]:
-    """Each operation's widest core cell, forward."""
+    """Each operation's widest core cell, forward; packs for themselves."""
     found: dict[str, tuple[float, float]] = {}
     dtype = ""
     for row in document["rows"]:
         at = row.get("at", {})
         if at.get("part") == "core" and row["pass"] == FORWARD and row["contender"] == OURS and at["flops"]:
-            found[row["operation"]] = (at["flops"] / at["bytes"], row["GFLOP/s"])
+            packed = ", packed" if at["documents"] > 1 else ""
+            found[row["operation"] + packed] = (at["flops"] / at["bytes"], row["GFLOP/s"])
             dtype = at["dtype"]
     if not found:
         return

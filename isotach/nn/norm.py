@@ -8,9 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isotach.ops import sharding
+
 Activation = Literal["none", "silu", "sigmoid"]
 
 WIDE = (torch.float32, torch.float64)
+WIDEST = 1 << 14  # channels that a kernel holds at once
 ACTIVATIONS = {"none": lambda gate: gate, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -44,7 +47,9 @@ def gated(
     rows = o.flatten(2) if o.shape[2] * o.shape[3] == width else o
     if gate is None:
         return norm(rows).flatten(2)
-    if _fused(o.device.type) and torch.float64 not in (o.dtype, gate.dtype):
+    if _fused(o.device.type) and width <= WIDEST and torch.float64 not in (o.dtype, gate.dtype):
+        if sharding.spread((o, gate)):
+            sharding.engage()
         heads = rows.unflatten(-1, (-1, width)) if rows.dim() == 3 else rows
         fused: Tensor = torch.ops.isotach.gated_norm_triton(heads, gate.view(heads.shape), gain, norm.eps, activation)
         return fused.flatten(2)

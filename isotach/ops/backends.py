@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.recurrence import Recurrence, Tensors
 
 Backend = Literal["auto", "reference", "torch", "triton"]
@@ -80,6 +81,9 @@ def find(rec: Recurrence, backend: str, x: Tensors, chunk_size: int | None) -> K
     name that cannot serve raises ValueError.
     """
     device = x[0].device.type
+    if sharding.spread(x):
+        available(rec, x[0].device)  # so that all that may be called has been declared
+        sharding.engage()
     if backend == "auto":
         obstacle = _obstacle(rec, "triton", x, chunk_size)
         backend = "triton" if obstacle is None else "torch"
@@ -92,9 +96,9 @@ def find(rec: Recurrence, backend: str, x: Tensors, chunk_size: int | None) -> K
 
 def find_step(rec: Recurrence, backend: str, x: Tensors, s: Tensors) -> Step | None:
     """The kernel that moves `rec` on by one token, None where its definition does: where there is no kernel, even if
-    its backend is asked for by name, and where somebody wants gradients.
+    its backend is asked for by name, where inputs are spread over devices, and where somebody wants gradients.
     """
-    if backend not in ("auto", "triton") or _obstacle(rec, "triton", x, None) is not None:
+    if backend not in ("auto", "triton") or _obstacle(rec, "triton", x, None) is not None or sharding.spread(x):
         return None
     wanted = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (*x, *s))
     return None if wanted else _kernels[type(rec), "triton"].step

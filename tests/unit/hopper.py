@@ -112,11 +112,14 @@ def channel_deltas(time: int) -> None:
 
 
 def steps(rows: int) -> None:
-    """A token of decay per channel, and of the delta rule with one key and with three."""
+    """A token of decay per channel, of the delta rule with one key and with three, of a scan and of a filter."""
     q, k, v = (torch.empty(rows, 1, 3, 64, dtype=torch.bfloat16) for _ in range(3))
     log_decay, state, beta = torch.empty(rows, 1, 3, 64), torch.empty(rows, 3, 64, 64), torch.empty(rows, 1, 3, 1)
     for keys in ((None, None, None), (beta, None, None), (None, k, k)):
         step.one_token(q, k, v, log_decay, state, torch.empty_like(state), *keys)
+    elementwise._one_token(v, log_decay, torch.empty(rows, 3, 64), torch.empty(rows, 3, 64))
+    taps, past = torch.empty(64, 4).t(), torch.empty(rows, 4, 64)
+    window._one_token(v[:, :, 0], taps, past, torch.empty_like(past))
 
 
 def gated_norms(time: int) -> None:
@@ -127,21 +130,22 @@ def gated_norms(time: int) -> None:
     gated_norm._backward(x, x, *rest)
 
 
-DELTA = ("invert", "solve", "chain", "differentiate")
-FAMILIES: dict[str, tuple[Any, tuple[str, ...], Any]] = {
-    "channel": (channel, ("_fading_scores", "_fading_rows"), channels),
-    "delta": (delta_kernels, DELTA, deltas),
-    "channel delta": (delta_kernels, DELTA, channel_deltas),
-    "elementwise": (elementwise, ("_sweep",), scans),
-    "gated norm": (gated_norm, ("_forward_tile", "_backward_tiles"), gated_norms),
-    "step": (step, ("_step",), steps),
-    "window": (window, ("_forward_tile", "_forward_state", "_backward_tiles", "_backward_state"), convolutions),
+DELTA = [(delta_kernels, name) for name in ("invert", "solve", "chain", "differentiate")]
+WINDOW = ("_forward_tile", "_forward_state", "_backward_tiles", "_backward_state")
+# Which kernels, and who calls them.
+FAMILIES: dict[str, tuple[list[tuple[Any, str]], Any]] = {
+    "channel": ([(channel, "_fading_scores"), (channel, "_fading_rows"), (pieces, "_chain")], channels),
+    "delta": (DELTA, deltas),
+    "channel delta": (DELTA, channel_deltas),
+    "elementwise": ([(elementwise, "_sweep")], scans),
+    "gated norm": ([(gated_norm, "_forward_tile"), (gated_norm, "_backward_tiles")], gated_norms),
+    "step": ([(module, "_step") for module in (step, elementwise, window)], steps),
+    "window": ([(window, name) for name in WINDOW], convolutions),
 }
 
 
-def report(module: Any, names: tuple[str, ...], call: Any) -> dict[str, int]:
+def report(places: list[tuple[Any, str]], call: Any) -> dict[str, int]:
     pieces.processors = gated_norm.processors = lambda device: 132
-    places = [*((module, name) for name in names), (pieces, "_chain")]
     kernels = [Compiled(getattr(*place)) for place in places]
     for place, kernel in zip(places, kernels, strict=True):
         setattr(*place, kernel)

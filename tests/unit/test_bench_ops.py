@@ -268,7 +268,8 @@ def measured(*cells: Cell) -> report.Row:
 
 def test_a_measurement_has_rows_a_page_and_a_picture() -> None:
     lengths = [Cell("decay", Shape(1, 1, tokens, 16), part="length") for tokens in (32, 64)]
-    document = measured(Cell("decay", TINY), Cell("HGRN", TINY), *lengths)
+    pack = Cell("decay", TINY._replace(batch=1, documents=2), passes=(FORWARD,))
+    document = measured(Cell("decay", TINY), pack, Cell("HGRN", TINY), *lengths)
     assert document["refused"] == []
     assert document["absent"] == ["fla: needs a GPU"]
     row = next(row for row in document["rows"] if row["contender"] == "sdpa")
@@ -281,6 +282,7 @@ def test_a_measurement_has_rows_a_page_and_a_picture() -> None:
     drawn = ET.fromstring(written["ops.svg"])
     texts = [element.text or "" for element in drawn.iter() if element.tag.endswith("text")]
     assert {"Fading attention, forward and backward", "sdpa", "HGRN", "copy, product"} <= set(texts)
+    assert {"decay", "decay, packed"} <= set(texts)
     assert report.pages("ops", document, ops.panels) == written
 
 

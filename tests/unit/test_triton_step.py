@@ -8,21 +8,26 @@ from isotach import shapes
 from isotach.ops import backends
 from isotach.ops.decay import Decay
 from isotach.ops.delta import Delta, SplitDelta
+from isotach.ops.elementwise import Elementwise
 from isotach.ops.engine import Span, run
 from isotach.ops.higher_order import Asymmetric, SecondOrder, ThirdOrder
 from isotach.ops.recurrence import Paired, Recurrence, Tensors
+from isotach.ops.window import Window
 from isotach.rng import generator
 
 pytest.importorskip("triton")
 
 import isotach.ops.triton.higher_order  # noqa: F401  registers
 import isotach.ops.triton.step as kernels
-from isotach.ops.triton import delta  # noqa: F401  registers
+from isotach.ops.triton import delta, elementwise, window  # noqa: F401  register
 from tests.unit.interpreter import WIDE, drawn, hopper, interpreted
 
-FAMILIES: tuple[Recurrence, ...] = (Decay(), Delta(), SplitDelta(), SecondOrder(), Asymmetric(), ThirdOrder())
+FAMILIES: tuple[Recurrence, ...] = (
+    *(Decay(), Delta(), SplitDelta(), SecondOrder(), Asymmetric(), ThirdOrder()),
+    *(Elementwise(), Window(4), Window(3), Window(1)),
+)
 KINDS = [(rec, variant) for rec in FAMILIES for variant in rec.variants]
-NAMES = [f"{rec.name}-{variant}" for rec, variant in KINDS]
+NAMES = [f"{rec.name}-{getattr(rec, 'size', '')}{variant}" for rec, variant in KINDS]
 
 
 @pytest.fixture
@@ -43,12 +48,11 @@ def token(
 ) -> tuple[Tensors, Tensors]:
     """One token of every row and a state, in float64; bfloat16 holds what is not wide."""
     stream, shared = generator(0, "step", rec.name, variant), rec.variants[variant].get("log_decay", frozenset())
+    sizes = {"B": rows, "T": 1, "H": heads, "K": width, "V": values, "D": values, "W": getattr(rec, "size", 0), "1": 1}
     leaves = []
-    for field in rec.Inputs._fields:
-        shape = (rows, 1, heads, {"v": values, "beta": 1}.get(field, width))
-        if field == "log_decay":
-            narrow = "K" in shared or not isinstance(rec, Decay | Delta | SplitDelta)
-            shape = (rows, 1, heads, 1 if narrow else width)
+    for field, axes in shapes.axes(rec.Inputs).items():
+        alone = shared if field == "log_decay" else frozenset[str]()
+        shape = tuple(1 if axis.shared and axis.name in alone else sizes[axis.name] for axis in axes)
         leaf = rec.ranges.get(field, shapes.normal)(shape, stream)
         leaves.append(leaf.to(torch.float32 if field in WIDE else torch.bfloat16).double().to(where))
     x = rec.Inputs(*leaves)
@@ -108,7 +112,7 @@ def test_nothing_is_asked_of_how_inputs_lie_in_memory() -> None:
     torch.testing.assert_close(shared.state, state.state[:1].float().expand(3, -1, -1, -1))
 
 
-@pytest.mark.parametrize("rec", FAMILIES, ids=lambda rec: rec.name)
+@pytest.mark.parametrize("rec", FAMILIES, ids=lambda rec: f"{rec.name}{getattr(rec, 'size', '')}")
 @pytest.mark.usefixtures("on_cpu")
 def test_a_pair_of_states_is_all_that_many_steps_need(rec: Recurrence) -> None:
     variant = next(iter(rec.variants))
@@ -168,7 +172,7 @@ def test_shapes_without_numbers() -> None:
 def test_kernels_compile_for_hopper_once() -> None:
     """Interpreted kernels never meet the compiler's types; more rows compile nothing more."""
     report = hopper("step")
-    assert report["kernels"] == 3
+    assert report["kernels"] == 5
     assert report["more_for_other_lengths"] == 0
     assert report["transposed"] == 0
 

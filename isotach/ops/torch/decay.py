@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.chunks import Block
 from isotach.ops.decay import Decay
@@ -135,6 +136,7 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(no_second_derivative("decay", "torch"))
+sharding.declare("decay", Decay.Inputs, state=Decay.State, output="v")
 
 
 class _Fade(NamedTuple):

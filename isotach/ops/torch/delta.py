@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.chunks import Block
 from isotach.ops.delta import Delta, SplitDelta
@@ -114,7 +115,7 @@ def _backward(
     chunk_size: int,
     with_decay: bool,
     with_state: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay, beta, read, erase and state; of shape (0,) where not given or not wanted."""
     given = {"q": q, "k": k, "v": v, "beta": beta, "read": read, "erase": erase}
     grads = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in given.items() if x is not None}
@@ -131,8 +132,8 @@ def _backward(
         if with_state:
             loop.keep(before, block, after, loop.plan.opens)
     decay = q.new_empty(0) if dlog is None else dlog.to(log_decay.dtype)
-    keys = (grads.get(name, q.new_empty(0)) for name in ("beta", "read", "erase"))
-    return [grads["q"], grads["k"], grads["v"], decay, *keys, *before]
+    beta_grad, read_grad, erase_grad = (grads.get(name, q.new_empty(0)) for name in ("beta", "read", "erase"))
+    return grads["q"], grads["k"], grads["v"], decay, beta_grad, read_grad, erase_grad, before[0]
 
 
 @_backward.register_fake
@@ -141,7 +142,7 @@ def _(grad_output, grad_state, q, k, v, log_decay, beta, read, erase, state, cu_
     decay = log_decay.new_empty(log_decay.shape if with_decay else 0, dtype=log_decay.dtype if with_decay else q.dtype)
     keys = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (beta, read, erase)]
     before = state.new_empty(state.shape, dtype=state_dtype(q)) if with_state else q.new_empty(0)
-    return [*(x.new_empty(x.shape) for x in (q, k, v)), decay, *keys, before]
+    return *(x.new_empty(x.shape) for x in (q, k, v)), decay, *keys, before
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -163,6 +164,7 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(no_second_derivative("delta", "torch"))
+sharding.declare("delta", Delta.Inputs, SplitDelta.Inputs, state=SplitDelta.State, output="v")
 
 
 class _Opened(NamedTuple):

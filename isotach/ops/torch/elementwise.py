@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.elementwise import Elementwise
 
@@ -114,6 +115,7 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(no_second_derivative("elementwise", "torch"))
+sharding.declare("elementwise", Elementwise.Inputs, state=Elementwise.State, output="v", over=("B", "H", "V"))
 
 
 class _Documents(NamedTuple):

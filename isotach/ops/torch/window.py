@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.window import Window
 
@@ -96,6 +97,7 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(no_second_derivative("window", "torch"))
+sharding.declare("window", Window.Inputs, state=Window.State, output="x", over=("B", "D"))
 
 
 def _blocks(stream: Tensor, read: int) -> Iterator[tuple[int, int]]:

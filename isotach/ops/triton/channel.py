@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative
 from isotach.ops.decay import Decay
 from isotach.ops.triton import device
@@ -387,6 +388,7 @@ def differentiated(forward: Any, backward: Any) -> None:
 
 
 differentiated(forward, _backward)
+sharding.declare("decay_channel_triton", Decay.Inputs, state=Decay.State, output="v")
 
 
 class _Ledger(NamedTuple):

@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import register
 from isotach.ops.decay import Decay
 from isotach.ops.triton import channel, device
@@ -299,6 +300,7 @@ def _(grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, chunk_size
 
 
 channel.differentiated(_forward, _backward)
+sharding.declare("decay_triton", Decay.Inputs, state=Decay.State, output="v")
 
 
 class _Call:

@@ -45,6 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.delta import Delta, SplitDelta
 from isotach.ops.triton import delta_kernels as kernels
@@ -189,7 +190,7 @@ def _backward(
     chunk_size: int | None,
     with_decay: bool,
     with_state: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay, beta, read, erase and state; of shape (0,) where not given or not wanted."""
     call = _Call(q, k, v, log_decay, beta, read, erase, cu_seqlens, chunk_size)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -218,8 +219,9 @@ def _backward(
     )  # fmt: skip
     dlog = None if ledger is None else call.decay_gradient(ledger).to(log_decay.dtype)
     total = None if dbeta is None else dbeta.sum(0).to(dbeta.dtype if beta is None else beta.dtype)
-    given = (dq, dk, dv, dlog, total, dread, derase, first if with_state else None)
-    return [q.new_empty(0) if grad is None else grad for grad in given]
+    nothing = q.new_empty(0)
+    dlog, total = nothing if dlog is None else dlog, nothing.clone() if total is None else total
+    return dq, dk, dv, dlog, total, dread, derase, first if with_state else nothing.clone()
 
 
 @_backward.register_fake
@@ -228,7 +230,7 @@ def _(grad_output, grad_state, q, k, v, log_decay, beta, read, erase, state, cu_
     decay = log_decay.new_empty(log_decay.shape) if with_decay else q.new_empty(0)
     keys = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (beta, read, erase)]
     before = state.new_empty(state.shape, dtype=torch.float32) if with_state else q.new_empty(0)
-    return [*(x.new_empty(x.shape) for x in (q, k, v)), decay, *keys, before]
+    return *(x.new_empty(x.shape) for x in (q, k, v)), decay, *keys, before
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -248,6 +250,7 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(no_second_derivative("delta", "triton"))
+sharding.declare("delta_triton", Delta.Inputs, SplitDelta.Inputs, state=SplitDelta.State, output="v")
 
 
 class _Call:

@@ -22,14 +22,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.elementwise import Elementwise
 from isotach.ops.triton import device
 from isotach.ops.triton.pieces import cut, find_document, find_piece
+from isotach.ops.triton.step import check_free, free
 
 # Reasoned, not measured: tiles so large that a few programs per processor keep enough of memory under way.
 ROW_BYTES = 128  # of a row of a tile, where no heads share a decay
 NUMBERS = 4096  # of a tile
+STEPPED = 512  # numbers of all rows' that a program takes of one token
 WARPS = 4
 STAGES = 2  # tiles that are loaded ahead
 SHARED = 99 << 10  # bytes of fast memory that any sweep takes, as compiled for Hopper
@@ -143,6 +146,25 @@ def _sweep(  # type: ignore[no-untyped-def]
             tl.store(after + own.to(tl.int64) * (HEADS * COLUMNS) + places, carry, mask=inside)
 
 
+# fmt: off
+@triton.jit(do_not_specialize=["total"])
+def _step(  # type: ignore[no-untyped-def]
+    v, log_decay, state, output, after, total,
+    v_row, v_head, v_column, decay_row, decay_head, decay_column, state_row, state_head, state_column,
+    HEADS: tl.constexpr, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr,
+):
+    # fmt: on
+    """One token: so many of all rows' numbers."""
+    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    row, head, column, there = at // (HEADS * COLUMNS), at // COLUMNS % HEADS, at % COLUMNS, at < total
+    rates = tl.load(log_decay + row * decay_row + head * decay_head + column * decay_column, mask=there, other=0.0)
+    kept = tl.load(state + row * state_row + head * state_head + column * state_column, mask=there, other=0.0)
+    added = tl.load(v + row * v_row + head * v_head + column * v_column, mask=there, other=0.0).to(tl.float32)
+    found = tl.exp(rates.to(tl.float32)) * kept.to(tl.float32) + added
+    tl.store(output + at, found.to(output.dtype.element_ty), mask=there)
+    tl.store(after + at, found, mask=there)
+
+
 class _Tiles(NamedTuple):
     """Of a call: heads that share a decay and columns, as they are and as programs take them, and a tile's rows."""
 
@@ -173,7 +195,34 @@ def _refusal(x: Elementwise.Inputs, chunk_size: int | None) -> str | None:
     return tiles if isinstance(tiles, str) else device.refusal(x.v.device, SHARED)
 
 
-@register(Elementwise, "triton", device="cuda", refusal=_refusal)
+def step(
+    rec: Elementwise, x: Elementwise.Inputs, s: Elementwise.State, into: Elementwise.State | None
+) -> tuple[Tensor, Elementwise.State]:
+    after = free(s.state) if into is None else into.state
+    return _one_token(*x, s.state, after), Elementwise.State(after)
+
+
+@torch.library.custom_op("isotach::elementwise_step_triton", mutates_args=("after",))
+def _one_token(v: Tensor, log_decay: Tensor, state: Tensor, after: Tensor) -> Tensor:
+    """Outputs (B, 1, H, V); the state after the token is written into `after`, which may be `state`."""
+    check_free(after)
+    output, token, rates = v.new_empty(v.shape), v[:, 0], log_decay[:, 0].expand(-1, v.shape[2], -1)
+    total = output.numel()
+    if total:
+        with torch.cuda.device_of(v):
+            _step[(triton.cdiv(total, STEPPED),)](
+                token, rates, state, output, after, total, *token.stride(), *rates.stride(), *state.stride(),
+                HEADS=v.shape[2], COLUMNS=v.shape[3], NUMBERS=STEPPED, num_warps=WARPS,
+            )  # fmt: skip
+    return output
+
+
+@_one_token.register_fake
+def _(v, log_decay, state, after):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape)
+
+
+@register(Elementwise, "triton", device="cuda", refusal=_refusal, step=step)
 def elementwise(
     rec: Elementwise, x: Elementwise.Inputs, s: Elementwise.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Elementwise.State]:
@@ -242,6 +291,7 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(no_second_derivative("elementwise", "triton"))
+sharding.declare("elementwise_triton", Elementwise.Inputs, state=Elementwise.State, output="v", over=("B", "H", "V"))
 
 
 class _Call:

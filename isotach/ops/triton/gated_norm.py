@@ -11,11 +11,15 @@ Each of a fixed number of programs sums dgain over its rows, and the sums are ad
 Checked in Triton's interpreter and compiled for Hopper; not yet run or measured on a GPU (docs/numerics.md).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative
 from isotach.ops.triton.device import processors
 from isotach.ops.triton.layout import flat
@@ -23,8 +27,6 @@ from isotach.ops.triton.layout import flat
 # Reasoned, not measured.
 NUMBERS = 4096  # of a tile of rows
 PROGRAMS = 8  # of the backward, per processor
-WIDEST = 16384  # channels: a row is held whole
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -113,14 +115,6 @@ def _backward_tiles(  # type: ignore[no-untyped-def]
         tl.store(partial + first * WIDTH + columns, tl.sum(sums, 0), mask=columns < WIDTH)
 
 
-def refusal(x: Tensor, gate: Tensor, gain: Tensor | None) -> str | None:
-    """What of a call these kernels cannot take, if so."""
-    kinds = {leaf.dtype for leaf in (x, gate, gain) if leaf is not None}
-    if not kinds <= {*DTYPES}:
-        return f"takes bfloat16, float16 or float32; got {', '.join(sorted(map(str, kinds)))}"
-    return None if x.shape[-1] <= WIDEST else f"takes rows of at most {WIDEST} channels; got {x.shape[-1]}"
-
-
 @torch.library.custom_op("isotach::gated_norm_triton", mutates_args=())
 def gated_norm(x: Tensor, gate: Tensor, gain: Tensor | None, eps: float, activation: str) -> Tensor:
     """x, gate (B, T, H, V) and gain (V,) -> (B, T, H, V), of the wider dtype; activation: none, silu or sigmoid."""
@@ -180,6 +174,15 @@ def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
 
 gated_norm.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(no_second_derivative("gated_norm", "triton"))
+
+
+class _Inputs(NamedTuple):
+    x: Float[Tensor, "B T H V"]
+    gate: Float[Tensor, "B T H V"]
+    gain: Float[Tensor, " V"]
+
+
+sharding.declare("gated_norm_triton", _Inputs, output="x", over=("B", "T", "H"))
 
 
 class _Cut:

@@ -72,11 +72,7 @@ def one_token(
 
     q, k, read, erase (B, 1, H, K); v (B, 1, H, V); log_decay (B, 1, H, #K); beta (B, 1, H, 1); states (B, H, K, V)
     """
-    if not after.is_contiguous() or after.dtype != torch.float32:
-        raise ValueError(
-            f"step: expected float32 rows side by side to write the state into, got {after.dtype} with strides "
-            f"{after.stride()}; allocate it with torch.empty"
-        )
+    check_free(after)
     rows, _, heads, width = q.shape
     values = v.shape[-1]
     output = q.new_empty(v.shape)
@@ -102,6 +98,15 @@ def _(q, k, v, log_decay, state, after, beta=None, read=None, erase=None):  # ty
 def free(state: Tensor) -> Tensor:
     """Memory for the state after this one."""
     return state.new_empty(state.shape, dtype=torch.float32)
+
+
+def check_free(after: Tensor) -> None:
+    """ValueError where kernels cannot write a state into this memory."""
+    if not after.is_contiguous() or after.dtype != torch.float32:
+        raise ValueError(
+            f"step: expected float32 rows side by side to write the state into, got {after.dtype} with strides "
+            f"{after.stride()}; allocate it with torch.empty"
+        )
 
 
 def _rows(x: Tensor | None) -> tuple[Tensor | None, int, int]:

@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isotach.ops import sharding
 from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.triton import device
 from isotach.ops.triton.device import processors
+from isotach.ops.triton.step import check_free, free
 from isotach.ops.window import Window
 
 # Reasoned, not measured.
@@ -162,6 +164,29 @@ def _backward_state(  # type: ignore[no-untyped-def]
     tl.store(before + (own * W + rows) * COLUMNS + columns, grads, mask=there)
 
 
+# fmt: off
+@triton.jit
+def _step(  # type: ignore[no-untyped-def]
+    x, weight, state, output, after,
+    x_row, x_column, weight_tap, weight_column, state_document, state_row, state_column,
+    W: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # fmt: on
+    """One token of a row: what the state was but for its oldest input, and the token, weighed."""
+    BLOCKS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    block, own = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
+    rows, columns = tl.arange(0, TAPS)[:, None], block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    there = (rows < W) & (columns < COLUMNS)
+    earlier = state + own * state_document + (rows + 1) * state_row + columns * state_column
+    kept = tl.load(earlier, mask=there & (rows < W - 1), other=0.0).to(tl.float32)
+    token = tl.load(x + own * x_row + columns * x_column, mask=columns < COLUMNS, other=0.0).to(tl.float32)
+    kept = tl.where(rows == W - 1, token, kept)
+    taps = tl.load(weight + rows * weight_tap + columns * weight_column, mask=there, other=0.0).to(tl.float32)
+    sums = tl.sum(taps * kept, 0, keep_dims=True)
+    tl.store(output + own * COLUMNS + columns, sums.to(output.dtype.element_ty), mask=columns < COLUMNS)
+    tl.store(after + (own * W + rows) * COLUMNS + columns, kept, mask=there)
+
+
 @triton.jit
 def _document(own, cu_seqlens, time):  # type: ignore[no-untyped-def]
     """A document's first token and length."""
@@ -181,7 +206,34 @@ def _refusal(x: Window.Inputs, chunk_size: int | None) -> str | None:
     return device.refusal(x.x.device, SHARED)
 
 
-@register(Window, "triton", device="cuda", refusal=_refusal)
+def step(
+    rec: Window, x: Window.Inputs, s: Window.State, into: Window.State | None
+) -> tuple[Tensor, Window.State]:
+    rec.wide(x)  # raises where the filter is of another size
+    after = free(s.inputs) if into is None else into.inputs
+    return _one_token(*x, s.inputs, after), Window.State(after)
+
+
+@torch.library.custom_op("isotach::window_step_triton", mutates_args=("after",))
+def _one_token(x: Tensor, weight: Tensor, state: Tensor, after: Tensor) -> Tensor:
+    """Outputs (B, 1, D); the state after the token is written into `after`, which is not `state`."""
+    check_free(after)
+    output, cut = x.new_empty(x.shape), _Cut(x, weight, None)
+    if cut.documents:
+        with torch.cuda.device_of(x):
+            _step[(cut.documents * cut.blocks,)](
+                x, weight, state, output, after, x.stride(0), x.stride(2), *weight.stride(), *state.stride(),
+                **cut.sizes, num_warps=1,
+            )  # fmt: skip
+    return output
+
+
+@_one_token.register_fake
+def _(x, weight, state, after):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@register(Window, "triton", device="cuda", refusal=_refusal, step=step)
 def window(
     rec: Window, x: Window.Inputs, s: Window.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Window.State]:
@@ -266,6 +318,7 @@ def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(no_second_derivative("window", "triton"))
+sharding.declare("window_triton", Window.Inputs, state=Window.State, output="x", over=("B", "D"))
 
 
 class _Cut:
