@@ -50,18 +50,14 @@ class Block8(nn.Module):
     def __init__(self, block: "Block", *, empty: bool = False) -> None:
         """The block's weights rounded, or `empty` room for those of a file."""
         super().__init__()
-        mixer, ffn = block.mixer, block.ffn
-        assert isinstance(mixer, Lightning)
-        assert isinstance(ffn, GLU)
-        assert mixer.gate is not None
-        assert isinstance(mixer.norm, SRMSNorm)
-        assert isinstance(block.mixer_norm, SRMSNorm)
-        assert isinstance(block.ffn_norm, SRMSNorm)
+        parts = Published.of(block)
+        assert parts is not None
+        mixer, ffn = parts.mixer, parts.ffn
         self.heads, self.recurrence = mixer.heads, Decay()
         self.silu = ffn.activation == "silu"
-        norms = (block.mixer_norm, mixer.norm, block.ffn_norm)
+        norms = (parts.mixer_norm, parts.norm, parts.ffn_norm)
         self.mixer_norm, self.norm, self.ffn_norm = (SRMSNorm(norm.width, eps=norm.eps) for norm in norms)
-        self.qkvu = Linear8.of(mixer.q, mixer.k, mixer.v, mixer.gate, empty=empty)
+        self.qkvu = Linear8.of(mixer.q, mixer.k, mixer.v, parts.gate, empty=empty)
         self.out = Linear8.of(mixer.out, empty=empty)
         self.gate_up = Linear8.of(ffn.gate, ffn.up, empty=empty)
         self.down = Linear8.of(ffn.down, empty=empty)
@@ -71,21 +67,9 @@ class Block8(nn.Module):
 
     @staticmethod
     def fits(block: nn.Module, *, least: int) -> TypeGuard["Block"]:
-        """Whether it is a block as published, lightning attention with a plain gate and a GLU without biases, whose
-        matrices have at least so many rows and columns.
-        """
-        if isinstance(block, Block8):
-            return False
-        mixer, ffn = block.mixer, block.ffn
-        return (
-            isinstance(mixer, Lightning)
-            and (mixer.energy, mixer.cache) == (None, None)
-            and (mixer.gate is not None, mixer.activation, mixer.activate_values) == (True, "none", False)
-            and isinstance(ffn, GLU)
-            and ffn.down.bias is None
-            and min(*mixer.q.weight.shape, *ffn.up.weight.shape) >= least
-            and all(isinstance(norm, SRMSNorm) for norm in (mixer.norm, block.mixer_norm, block.ffn_norm))
-        )
+        """Whether it is a block as published whose matrices have at least so many rows and columns."""
+        parts = None if isinstance(block, Block8) else Published.of(block)
+        return parts is not None and min(*parts.mixer.q.weight.shape, *parts.ffn.up.weight.shape) >= least
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: MixerState | None, span: Span, shared: dict[str, Tensor]
@@ -162,6 +146,31 @@ class Block8(nn.Module):
 
     def room(self, name: str, context: int) -> int:
         return 0
+
+
+class Published(NamedTuple):
+    """The parts of a block of TransNormerLLM: lightning attention with a plain gate, and a GLU without biases."""
+
+    mixer_norm: SRMSNorm
+    mixer: Lightning
+    gate: nn.Linear
+    norm: SRMSNorm
+    ffn_norm: SRMSNorm
+    ffn: GLU
+
+    @classmethod
+    def of(cls, block: nn.Module) -> Self | None:
+        """None where a Block is another."""
+        mixer, ffn, before, behind = block.mixer, block.ffn, block.mixer_norm, block.ffn_norm
+        if not (isinstance(mixer, Lightning) and isinstance(ffn, GLU) and ffn.down.bias is None):
+            return None
+        if mixer.gate is None or mixer.activation != "none" or mixer.activate_values:
+            return None
+        if mixer.energy is not None or mixer.cache is not None or not isinstance(mixer.norm, SRMSNorm):
+            return None
+        if not (isinstance(before, SRMSNorm) and isinstance(behind, SRMSNorm)):
+            return None
+        return cls(before, mixer, mixer.gate, mixer.norm, behind, ffn)
 
 
 def normalized(x: Float[Tensor, "B 1 D"], eps: Float[Tensor, "1 1 1"]) -> Float[Tensor, "B 1 D"]:

@@ -31,7 +31,7 @@ from isotach import mixers, shapes
 from isotach.config import Config
 from isotach.errors import UserError
 from isotach.files import write_atomically
-from isotach.models import quantize
+from isotach.models import quantize, step16
 from isotach.models.block8 import Block8
 from isotach.models.presets import preset
 from isotach.models.state import DecoderState
@@ -150,6 +150,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: MixerState | None, span: Span, shared: dict[str, Tensor]
     ) -> tuple[Tensor, MixerState]:
+        if state is not None and step16.serves(self, x, span):
+            return step16.step(self, x, state, span)
         y, after = self.mixer(self.mixer_norm(x), state, span, shared)
         x, scan = x + y, Scan(state, span, shared)
         return x + self.ffn(self.ffn_norm(x), scan), after | scan.after

@@ -27,6 +27,7 @@ from isotach.ops.triton import (  # noqa: E402
     delta_kernels,
     elementwise,
     gated_norm,
+    linear,
     pieces,
     step,
     window,
@@ -130,6 +131,18 @@ def gated_norms(time: int) -> None:
     gated_norm._backward(x, x, *rest)
 
 
+def linears(rows: int) -> None:
+    """What a block of TransNormerLLM does with a token of so many rows, and of one."""
+    for count in (min(rows, 64), 1):
+        x, weight = torch.empty(count, 1024), torch.empty(1024, 1024, dtype=torch.bfloat16)
+        parts = linear.linear(x, None, [weight] * 4, None, 1e-6, 2, False)
+        o, u = parts[:, :1024], parts[:, 1024:2048]
+        linear.linear(o, u, [weight], x, 1e-6, 0, False)
+        up = torch.empty(2816, 1024, dtype=torch.bfloat16)
+        hidden = linear.linear(x, None, [up, up], None, 1e-6, 1, True)
+        linear.linear(hidden, None, [up.t().contiguous()], x, -1.0, 0, False)
+
+
 DELTA = [(delta_kernels, name) for name in ("invert", "solve", "chain", "differentiate")]
 WINDOW = ("_forward_tile", "_forward_state", "_backward_tiles", "_backward_state")
 # Which kernels, and who calls them.
@@ -139,6 +152,7 @@ FAMILIES: dict[str, tuple[list[tuple[Any, str]], Any]] = {
     "channel delta": (DELTA, channel_deltas),
     "elementwise": ([(elementwise, "_sweep")], scans),
     "gated norm": ([(gated_norm, "_forward_tile"), (gated_norm, "_backward_tiles")], gated_norms),
+    "linear": ([(linear, "_linear")], linears),
     "step": ([(module, "_step") for module in (step, elementwise, window)], steps),
     "window": ([(window, name) for name in WINDOW], convolutions),
 }
