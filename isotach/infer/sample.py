@@ -25,6 +25,9 @@ from isotach.config import Config
 from isotach.errors import UserError
 from isotach.rng import seed_of
 
+NUCLEUS = 512  # tokens that top-p looks at first, and how many times as many then
+GROWTH = 8
+
 
 class Sampling(Config):
     """How one request is sampled. The defaults draw from the model's own distribution.
@@ -100,9 +103,11 @@ def draw(
         choices = choices + torch.stack([none if own is None else own.to(none) for own in bias])
         if (choices.amax(-1) == -torch.inf).any():
             raise UserError("draw: every token is forbidden here; allow one")
-    choices = filtered(choices, samplings, seen)
     numbers = [uniform(_seed(sampling), position) for sampling, position in zip(samplings, positions, strict=True)]
-    tokens = invert(choices, choices.new_tensor(numbers)).tolist()
+    if all(sampling.temperature == 0 for sampling in samplings):
+        tokens = penalized(choices, samplings, seen).max(-1).indices.tolist()
+    else:
+        tokens = invert(filtered(choices, samplings, seen), choices.new_tensor(numbers)).tolist()
     asked = any(sampling.logprobs is not None for sampling in samplings)
     logprobs = logits.log_softmax(-1)[:, : seen.shape[-1]] if asked else logits
     return [
@@ -134,32 +139,32 @@ def filtered(
     logits: Float[Tensor, "R V"], samplings: Sequence[Sampling], seen: Bool[Tensor, "R V"]
 ) -> Float[Tensor, "R V"]:
     """Logits of the distribution that is drawn from, float64; -inf where a filter forbids a token."""
-
-    def column(name: str) -> Tensor:
-        return x.new_tensor([[getattr(sampling, name)] for sampling in samplings])
-
-    x = logits.double()
-    temperature = column("temperature")
+    x = penalized(logits, samplings, seen)
+    temperature = _column(x, samplings, "temperature")
     greedy = temperature == 0  # the limit of small temperatures: the likeliest token with probability 1
-    x = penalize(x, seen, column("repetition_penalty"))
     x = temper(x, torch.where(greedy, 1.0, temperature))
-    x = keep_top_k(x, torch.where(greedy, 1, column("top_k").long()))
-    x = keep_top_p(x, column("top_p"))
-    return keep_min_p(x, column("min_p"))
+    x = keep_top_k(x, torch.where(greedy, 1, _column(x, samplings, "top_k").long()))
+    x = keep_top_p(x, _column(x, samplings, "top_p"))
+    return keep_min_p(x, _column(x, samplings, "min_p"))
 
 
-def penalize(
-    logits: Float[Tensor, "R V"], seen: Bool[Tensor, "R V"], penalty: Float[Tensor, "R 1"]
+def penalized(
+    logits: Float[Tensor, "R V"], samplings: Sequence[Sampling], seen: Bool[Tensor, "R V"]
 ) -> Float[Tensor, "R V"]:
-    """Make tokens that occurred less likely: l / penalty where l > 0, l * penalty where l < 0."""
+    """Tokens that occurred are less likely, in float64: l / penalty where l > 0, l * penalty where l < 0."""
+    logits = logits.double()
+    penalty = _column(logits, samplings, "repetition_penalty")
     if bool((penalty == 1).all()):
         return logits
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    rows, ids = (seen & (penalty != 1)).nonzero(as_tuple=True)  # far fewer than all
+    before, by = logits[rows, ids], penalty[rows, 0]
+    return logits.index_put((rows, ids), torch.where(before > 0, before / by, before * by))
 
 
 def temper(logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
     """Divide by the temperature, measured from the largest logit so that no temperature overflows."""
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
+    x = logits - logits.amax(-1, keepdim=True)
+    return x if bool((temperature == 1).all()) else x.div_(temperature)
 
 
 def keep_top_k(logits: Float[Tensor, "R V"], k: Int[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
@@ -168,29 +173,50 @@ def keep_top_k(logits: Float[Tensor, "R V"], k: Int[Tensor, "R 1"]) -> Float[Ten
         return logits
     vocab = logits.shape[-1]
     k = torch.where(k == 0, vocab, k).clamp(max=vocab)
-    smallest = logits.topk(int(k.max()), dim=-1).values.gather(-1, k - 1)
-    above, equal = logits > smallest, logits == smallest
-    room = k - above.sum(-1, keepdim=True)
-    return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -torch.inf)
+    ranked = logits.topk(int(torch.where(k == vocab, 1, k).max()), dim=-1).values
+    return _keep(logits, k, ranked)
 
 
 def keep_top_p(logits: Float[Tensor, "R V"], p: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
     """Forbid all but the fewest largest whose probability is at least p; smaller ids first among equals."""
-    if bool((p == 1).all()):
+    free = p == 1  # where rounding must not cut the tail
+    if bool(free.all()):
         return logits
-    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    probability = ranked.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    keep = (before < p) | (p == 1)  # with p = 1 rounding must not cut the tail
-    return logits.masked_fill(~keep.scatter(-1, order, keep), -torch.inf)
+    vocab, count, largest = logits.shape[-1], NUCLEUS, logits.amax(-1, keepdim=True)
+    total = (logits - largest).exp_().sum(-1, keepdim=True)
+    while True:  # most often few tokens are enough, and sorting all takes longer than everything else
+        count = min(count, vocab)
+        ranked = logits.topk(count, dim=-1).values
+        probability = (ranked - largest).exp_() / total
+        wanted = (probability.cumsum(-1) - probability < p).sum(-1, keepdim=True)
+        if count == vocab or bool((free | (wanted < count)).all()):
+            return _keep(logits, torch.where(free, vocab, wanted), ranked)
+        count *= GROWTH
 
 
 def keep_min_p(logits: Float[Tensor, "R V"], p: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
     """Forbid tokens less than p times as probable as the likeliest."""
     if not bool(p.any()):
         return logits
-    relative = (logits - logits.amax(-1, keepdim=True)).exp()
-    return logits.masked_fill(relative < p, -torch.inf)
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + p.log(), -torch.inf)
+
+
+def _keep(
+    logits: Float[Tensor, "R V"], count: Int[Tensor, "R 1"], ranked: Float[Tensor, "R n"]
+) -> Float[Tensor, "R V"]:
+    """Forbid all but the `count` largest, which are among `ranked`; nothing where that is the whole vocabulary."""
+    everything = count == logits.shape[-1]
+    smallest = ranked.gather(-1, torch.where(everything, 1, count) - 1).masked_fill(everything, -torch.inf)
+    kept = logits >= smallest
+    if bool((everything | (kept.sum(-1, keepdim=True) == count)).all()):
+        return logits.masked_fill(~kept, -torch.inf)
+    above, equal = logits > smallest, logits == smallest
+    room = count - above.sum(-1, keepdim=True)
+    return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -torch.inf)
+
+
+def _column(like: Tensor, samplings: Sequence[Sampling], name: str) -> Float[Tensor, "R 1"]:
+    return like.new_tensor([[getattr(sampling, name)] for sampling in samplings])
 
 
 def invert(logits: Float[Tensor, "R V"], numbers: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
@@ -199,7 +225,7 @@ def invert(logits: Float[Tensor, "R V"], numbers: Float[Tensor, " R"]) -> Int[Te
     In the order of ids, not of probabilities: a rounding difference between two runs then changes the token only when
     a number falls on a boundary, never because two nearly equal tokens changed places.
     """
-    cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
     total = cumulative[:, -1:]
     # number * total may round up to total, which no token exceeds
     target = torch.minimum(numbers[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
