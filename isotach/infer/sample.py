@@ -97,7 +97,7 @@ def draw(
     its bias leaves no token.
     """
     logits = exact(logits)
-    choices, seen = logits[:, : seen.shape[-1]], seen.to(logits.device)
+    choices = logits[:, : seen.shape[-1]]
     if any(own is not None for own in bias):
         none = choices.new_zeros(choices.shape[-1])
         choices = choices + torch.stack([none if own is None else own.to(none) for own in bias])
@@ -156,7 +156,8 @@ def penalized(
     penalty = _column(logits, samplings, "repetition_penalty")
     if bool((penalty == 1).all()):
         return logits
-    rows, ids = (seen & (penalty != 1)).nonzero(as_tuple=True)  # far fewer than all
+    marked = (seen & (penalty != 1).to(seen.device)).nonzero(as_tuple=True)  # far fewer than all
+    rows, ids = (index.to(logits.device) for index in marked)
     before, by = logits[rows, ids], penalty[rows, 0]
     return logits.index_put((rows, ids), torch.where(before > 0, before / by, before * by))
 
