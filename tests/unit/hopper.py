@@ -80,8 +80,8 @@ def channels(time: int) -> None:
     q, k, v = (torch.empty(1, time, 3, 64, dtype=torch.bfloat16) for _ in range(3))
     log_decay = torch.empty(1, time, 3, 64)
     bounds, state = torch.tensor([0, time - 9, time]), torch.empty(2, 3, 64, 64)
-    channel.forward(q, k, v, log_decay, state, bounds, None)
-    channel._backward(v, state, q, k, v, log_decay, state, bounds, None, True, True)
+    decay._forward(q, k, v, log_decay, state, bounds, None)
+    decay._backward(v, state, q, k, v, log_decay, state, bounds, None, True, True)
 
 
 def scans(time: int) -> None:

@@ -130,11 +130,11 @@ def test_registered_operators(on_cpu: pytest.MonkeyPatch) -> None:
     """opcheck of both, no graph break, and no second derivative."""
     given = case(time=18, width=16, values=16, heads=1)
     x, state = given.inputs(torch.float32), given.state.state.float()
-    torch.library.opcheck(kernels.forward, (*x, state.requires_grad_(), None, None))
+    torch.library.opcheck(decay._forward, (*x, state.requires_grad_(), None, None))
     plain, state = [leaf.detach() for leaf in x], state.detach()
     for grad_state, wanted in ((None, False), (state, True)):
         grad = torch.ones(1, 18, 1, 16)
-        torch.library.opcheck(kernels._backward, (grad, grad_state, *plain, state, None, None, wanted, wanted))
+        torch.library.opcheck(decay._backward, (grad, grad_state, *plain, state, None, None, wanted, wanted))
     for a, b in compiled_and_plain(given, torch.float32):
         torch.testing.assert_close(a, b)
     output, _ = run(REC, x, None, given.span, backend="triton")

@@ -30,15 +30,13 @@ rounding took as a second term.
 Gated Linear Attention (arXiv:2312.06635) for the chunks; the gradient of the decay is derived here.
 """
 
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from isotach.ops import sharding
-from isotach.ops.backends import no_second_derivative
 from isotach.ops.decay import Decay
 from isotach.ops.triton import device
 from isotach.ops.triton.arithmetic import OPERANDS, product, tile
@@ -307,44 +305,35 @@ def refusal(x: Decay.Inputs, chunk_size: int | None) -> str | None:
     return config if isinstance(config, str) else device.refusal(x.q.device, config.shared)
 
 
-@torch.library.custom_op("isotach::decay_channel_triton", mutates_args=())
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int | None
+    x: Decay.Inputs, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and the state after the last token of every document."""
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    call = _Call(Decay.Inputs(q, k, v, log_decay), cu_seqlens, chunk_size)
+    """Outputs, and the state after the last token of every document; keys and values in the queries' dtype."""
+    q, k, v, _ = x
+    call = _Call(x, cu_seqlens, chunk_size)
     output, after = q.new_empty(v.shape), state.new_empty(state.shape, dtype=torch.float32)
     call.fading_scores(q, k, v, output, before=state, between=call.between(v, k, state), after=after)
     return output, after
 
 
-@forward.register_fake
-def _(q, k, v, log_decay, state, cu_seqlens, chunk_size):  # type: ignore[no-untyped-def]
-    return q.new_empty(v.shape), state.new_empty(state.shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("isotach::decay_channel_triton_backward", mutates_args=())
-def _backward(
+def backward(
     grad_output: Tensor,
     grad_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
+    x: Decay.Inputs,
     state: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
+    *,
     with_decay: bool,
     with_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and state; of shape (0,) where the last two are not wanted."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    call = _Call(Decay.Inputs(q, k, v, log_decay), cu_seqlens, chunk_size)
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of q, k and v into `grads`; those of log_decay and state, None where they are not wanted."""
+    (q, k, v, log_decay), (dq, dk, dv) = x, grads
+    call = _Call(x, cu_seqlens, chunk_size)
     ledger = _Ledger.of(call, q, v.shape[-1]) if with_decay else None
     final = state.new_empty(state.shape, dtype=torch.float32) if with_decay and grad_state is not None else None
-    first = state.new_empty(state.shape if with_state else 0, dtype=torch.float32)
+    first = state.new_empty(state.shape, dtype=torch.float32) if with_state else None
 
     between = call.between(v, k, state, exact=with_decay)
     call.fading_rows(grad_output, v, k, dq, before=state, between=between, after=final, partner=q, ledger=ledger)
@@ -353,42 +342,8 @@ def _backward(
         v, grad_output, q, dk,
         before=grad_state, between=between, reverse=True, partner=k, ledger=ledger, owing=final,
     )  # fmt: skip
-    after = first if with_state else None
-    call.fading_scores(k, q, grad_output, dv, before=grad_state, between=between, after=after, reverse=True)
-    return dq, dk, dv, q.new_empty(0) if ledger is None else ledger.decay_gradient(log_decay), first
-
-
-@_backward.register_fake
-def _(grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, chunk_size, with_decay, with_state):  # type: ignore[no-untyped-def]
-    dlog = log_decay.new_empty(log_decay.shape) if with_decay else q.new_empty(0)
-    first = state.new_empty(state.shape if with_state else 0, dtype=torch.float32)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), dlog, first)
-
-
-def differentiated(forward: Any, backward: Any) -> None:
-    """Make `backward` the gradient of `forward`: operators of the decay family, which all take the same."""
-
-    def save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.chunk_size = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def]
-        q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = q.new_zeros(()).expand(v.shape)
-        wanted = ctx.needs_input_grad[3:5]
-        *grads, dlog, before = backward(
-            grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, ctx.chunk_size, *wanted
-        )
-        return (*grads, dlog if wanted[0] else None, before.to(state.dtype) if wanted[1] else None, None, None)
-
-    forward.register_autograd(differentiate, setup_context=save)
-    backward.register_autograd(no_second_derivative("decay", "triton"))
-
-
-differentiated(forward, _backward)
-sharding.declare("decay_channel_triton", Decay.Inputs, state=Decay.State, output="v")
+    call.fading_scores(k, q, grad_output, dv, before=grad_state, between=between, after=first, reverse=True)
+    return None if ledger is None else ledger.decay_gradient(log_decay), first
 
 
 class _Ledger(NamedTuple):

@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isotach.ops import sharding
-from isotach.ops.backends import register
+from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.decay import Decay
 from isotach.ops.triton import channel, device
 from isotach.ops.triton.arithmetic import OPERANDS, product, running, tile, weights
@@ -233,8 +233,7 @@ def step(
 def decay(
     rec: Decay, x: Decay.Inputs, s: Decay.State, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Decay.State]:
-    forward = channel.forward if _apart(x) else _forward
-    output, state = forward(*x, s.state, cu_seqlens, chunk_size)
+    output, state = _forward(*x, s.state, cu_seqlens, chunk_size)
     return output, Decay.State(state)
 
 
@@ -242,10 +241,12 @@ def decay(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, cu_seqlens: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    call = _Call(Decay.Inputs(q, k, v, log_decay), cu_seqlens, chunk_size)
+    x = Decay.Inputs(q, k.to(q.dtype), v.to(q.dtype), log_decay)
+    if _apart(x):
+        return channel.forward(x, state, cu_seqlens, chunk_size)
+    call = _Call(x, cu_seqlens, chunk_size)
     output, after = q.new_empty(v.shape), state.new_empty(state.shape, dtype=torch.float32)
-    call.sweep(q, k, v, output, before=state, between=call.between(k, v, state), after=after)
+    call.sweep(q, x.k, x.v, output, before=state, between=call.between(x.k, x.v, state), after=after)
     return output, after
 
 
@@ -269,9 +270,37 @@ def _backward(
     with_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and state; of shape (0,) where the last two are not wanted."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    call = _Call(Decay.Inputs(q, k, v, log_decay), cu_seqlens, chunk_size)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    x = Decay.Inputs(q, k.to(q.dtype), v.to(q.dtype), log_decay)
+    backward = channel.backward if _apart(x) else _backward_by_heads
+    dlog, first = backward(
+        grad_output, grad_state, x, state, grads, cu_seqlens, chunk_size, with_decay=with_decay, with_state=with_state
+    )
+    return *grads, q.new_empty(0) if dlog is None else dlog, q.new_empty(0) if first is None else first
+
+
+@_backward.register_fake
+def _(grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, chunk_size, with_decay, with_state):  # type: ignore[no-untyped-def]
+    dlog = log_decay.new_empty(log_decay.shape) if with_decay else q.new_empty(0)
+    first = state.new_empty(state.shape, dtype=torch.float32) if with_state else q.new_empty(0)
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), dlog, first)
+
+
+def _backward_by_heads(
+    grad_output: Tensor,
+    grad_state: Tensor | None,
+    x: Decay.Inputs,
+    state: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    *,
+    with_decay: bool,
+    with_state: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As channel.backward."""
+    (q, k, v, log_decay), (dq, dk, dv) = x, grads
+    call = _Call(x, cu_seqlens, chunk_size)
     ledger = _Ledger.of(call, q, v.shape[-1]) if with_decay else None
     final = state.new_empty(state.shape, dtype=torch.float32) if with_decay and grad_state is not None else None
     first = state.new_empty(state.shape, dtype=torch.float32) if with_state else None
@@ -284,22 +313,31 @@ def _backward(
         before=grad_state, between=between, turned=True, reverse=True, partner=k, ledger=ledger,
     )  # fmt: skip
     call.sweep(k, q, grad_output, dv, before=grad_state, between=between, after=first, reverse=True)
-
-    dlog = None
-    if ledger is not None:
-        owed = None if grad_state is None or final is None else (final * grad_state).sum((-2, -1), dtype=torch.float64)
-        dlog = call.decay_gradient(ledger, owed).to(log_decay.dtype, memory_format=torch.contiguous_format)
-    return dq, dk, dv, q.new_empty(0) if dlog is None else dlog, q.new_empty(0) if first is None else first
+    if ledger is None:
+        return None, first
+    owed = None if grad_state is None or final is None else (final * grad_state).sum((-2, -1), dtype=torch.float64)
+    return call.decay_gradient(ledger, owed).to(log_decay.dtype, memory_format=torch.contiguous_format), first
 
 
-@_backward.register_fake
-def _(grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, chunk_size, with_decay, with_state):  # type: ignore[no-untyped-def]
-    dlog = log_decay.new_empty(log_decay.shape) if with_decay else q.new_empty(0)
-    before = state.new_empty(state.shape, dtype=torch.float32) if with_state else q.new_empty(0)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), dlog, before)
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
 
 
-channel.differentiated(_forward, _backward)
+def _differentiate(ctx, grad_output, grad_state):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = q.new_zeros(()).expand(v.shape)
+    wanted = ctx.needs_input_grad[3:5]
+    *grads, dlog, before = _backward(
+        grad_output, grad_state, q, k, v, log_decay, state, cu_seqlens, ctx.chunk_size, *wanted
+    )
+    return (*grads, dlog if wanted[0] else None, before.to(state.dtype) if wanted[1] else None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(no_second_derivative("decay", "triton"))
 sharding.declare("decay_triton", Decay.Inputs, state=Decay.State, output="v")
 
 
