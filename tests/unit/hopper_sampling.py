@@ -5,37 +5,12 @@ Run as a program: the tests' own process may have its kernels defined for Triton
 
 import json
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from hopper import Compiled  # beside this file; to import it is to be without a GPU
 
-driver.set_active(
-    SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-    )
-)
-
-from isotach.ops.sampling import Key, Tilt  # noqa: E402
-from isotach.ops.triton import sampling  # noqa: E402
-
-
-class Compiled:
-    """Stands for a kernel: launching it compiles it."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.found = kernel, dict[int, Any]()
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            compiled = self.kernel.warmup(*args, grid=grid, **options)
-            self.found[id(compiled)] = compiled
-
-        return launch
+from isotach.ops.sampling import Key, Tilt
+from isotach.ops.triton import sampling
 
 
 def call(rows: int, vocab: int, *, start: int = 0, samples: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:

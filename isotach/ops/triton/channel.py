@@ -30,6 +30,7 @@ rounding took as a second term.
 Gated Linear Attention (arXiv:2312.06635) for the chunks; the gradient of the decay is derived here.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple, Self
 
 import torch
@@ -286,12 +287,18 @@ def _fading_rows(  # type: ignore[no-untyped-def]
             tl.store(after + (own.to(tl.int64) * HEADS + head) * (K * V) + places, state, mask=inside)
 
 
-def _config(x: Decay.Inputs, chunk_size: int | None) -> Config | str:
-    """The configuration for inputs like x, or what cannot be taken."""
-    if chunk_size not in (None, *CHUNKS):
-        return f"takes chunks of {CHUNKS} tokens where channels fade apart; got chunk_size = {chunk_size}"
+def fitting(
+    configs: Mapping[tuple[torch.dtype, int], Config],
+    chunks: tuple[int, ...],
+    x: Decay.Inputs,
+    chunk_size: int | None,
+) -> Config | str:
+    """Of configurations by dtype and widest head the one for inputs like x, or what cannot be taken."""
+    if chunk_size not in (None, *chunks):
+        apart = "" if x.log_decay.shape[-1] == 1 else " where channels fade apart"
+        return f"takes chunks of {chunks} tokens{apart}; got chunk_size = {chunk_size}"
     width = max(x.q.shape[-1], x.v.shape[-1])
-    for (dtype, widest), config in CONFIGS.items():
+    for (dtype, widest), config in configs.items():
         if dtype == x.q.dtype and width <= widest:
             chunk = chunk_size or config.chunk
             shared = config.shared * chunk // config.chunk
@@ -301,7 +308,7 @@ def _config(x: Decay.Inputs, chunk_size: int | None) -> Config | str:
 
 def refusal(x: Decay.Inputs, chunk_size: int | None) -> str | None:
     """What of a call with one decay per channel these kernels cannot take, if so."""
-    config = _config(x, chunk_size)
+    config = fitting(CONFIGS, CHUNKS, x, chunk_size)
     return config if isinstance(config, str) else device.refusal(x.q.device, config.shared)
 
 
@@ -378,7 +385,7 @@ class _Call:
     """One call's cut and arithmetic. States are (documents, H, K, V) for every sweep."""
 
     def __init__(self, x: Decay.Inputs, cu_seqlens: Tensor | None, chunk_size: int | None) -> None:
-        config = _config(x, chunk_size)
+        config = fitting(CONFIGS, CHUNKS, x, chunk_size)
         assert isinstance(config, Config), config  # run has refused already
         self.config, self.operands = config, OPERANDS[x.q.dtype]
         batch, time, self.heads, self.keys = x.q.shape

@@ -45,25 +45,13 @@ from isotach.ops.backends import no_second_derivative, register
 from isotach.ops.decay import Decay
 from isotach.ops.triton import channel, device
 from isotach.ops.triton.arithmetic import OPERANDS, product, running, tile, weights
+from isotach.ops.triton.channel import Config, fitting
 from isotach.ops.triton.layout import flat, padded, sides
 from isotach.ops.triton.pieces import chain, cut, find_document, find_piece
 from isotach.ops.triton.step import free, one_token
 
 REGISTERS = 255  # of a thread, all there are: left to itself the assembler once took 32 and spilled thousands of bytes
 CHUNKS = (16, 32, 64, 128)
-
-
-class Config(NamedTuple):
-    """chunk: tokens; block: columns of the state per program; warps, stages: Triton's num_warps and num_stages;
-    anchor: tokens between anchors; shared: bytes of fast memory that any sweep takes, as compiled for Hopper.
-    """
-
-    chunk: int
-    block: int
-    warps: int
-    stages: int
-    anchor: int
-    shared: int
 
 
 # By dtype of the queries and the wider of K and V, at most. Chosen by what the compiler reports: no or few spilled
@@ -197,23 +185,11 @@ def _outputs(  # type: ignore[no-untyped-def]
     return outputs, alone
 
 
-def _config(x: Decay.Inputs, chunk_size: int | None) -> Config | str:
-    """The configuration for inputs like x, or what cannot be taken."""
-    if chunk_size not in (None, *CHUNKS):
-        return f"takes chunks of {CHUNKS} tokens; got chunk_size = {chunk_size}"
-    width = max(x.q.shape[-1], x.v.shape[-1])
-    for (dtype, widest), config in CONFIGS.items():
-        if dtype == x.q.dtype and width <= widest:
-            chunk = chunk_size or config.chunk
-            return config._replace(chunk=chunk, anchor=max(chunk, config.anchor))
-    return f"takes heads of at most 256 channels in bfloat16, float16 or float32; got {width} in {x.q.dtype}"
-
-
 def refusal(x: Decay.Inputs, chunk_size: int | None) -> str | None:
     """What of a call these kernels cannot take, if so."""
     if _apart(x):
         return channel.refusal(x, chunk_size)
-    config = _config(x, chunk_size)
+    config = fitting(CONFIGS, CHUNKS, x, chunk_size)
     return config if isinstance(config, str) else device.refusal(x.q.device, config.shared)
 
 
@@ -345,7 +321,7 @@ class _Call:
     """One call's cut and arithmetic. States are (documents, H, K, V) for every sweep."""
 
     def __init__(self, x: Decay.Inputs, cu_seqlens: Tensor | None, chunk_size: int | None) -> None:
-        config = _config(x, chunk_size)
+        config = fitting(CONFIGS, CHUNKS, x, chunk_size)
         assert isinstance(config, Config), config  # run has refused already
         self.config, self.operands = config, OPERANDS[x.q.dtype]
         self.batch, time, self.heads, _ = x.q.shape
