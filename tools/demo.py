@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before torch loads: its threads then sleep while they wait for each other instead of spinning. On cores that other
-# programs use too, spinning trains several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from isotach import cli
+
+os.environ.update(cli.waiting())  # before torch is imported
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

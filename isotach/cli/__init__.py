@@ -38,11 +38,15 @@ REMEDIES = {
 }
 
 
+def waiting() -> dict[str, str]:
+    """The environment in which threads that wait for work soon sleep, unless the user has chosen; read with torch."""
+    return {} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ} else {"GOMP_SPINCOUNT": WAITING}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 when the verb's own check fails, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*os.environ}:
-        os.environ["GOMP_SPINCOUNT"] = WAITING  # read when torch is imported
+    os.environ.update(waiting())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks

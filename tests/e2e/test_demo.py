@@ -29,7 +29,7 @@ def demo() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_WAIT_POLICY", "passive")  # what importing it would set for good
+        patch.setenv("GOMP_SPINCOUNT", "30000")  # what importing it would set for good
         spec.loader.exec_module(module)
     return module
 
