@@ -12,6 +12,7 @@ other rows of a batch nor on where a conversation was saved and continued, so no
 lost.
 """
 
+import math
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
@@ -25,8 +26,8 @@ from isotach.config import Config
 from isotach.errors import UserError
 from isotach.rng import seed_of
 
-NUCLEUS = 512  # tokens that top-p looks at first, and how many times as many then
-GROWTH = 8
+NUCLEUS = 128  # tokens that top-p looks at first, and how many times as many then
+GROWTH = 32
 
 
 class Sampling(Config):
@@ -96,33 +97,32 @@ def draw(
     Raises UserError when a row has no finite largest logit, which only a damaged or diverged model produces, and when
     its bias leaves no token.
     """
-    logits = exact(logits)
-    choices = logits[:, : seen.shape[-1]]
+    logits = logits.detach().double()
+    largest, choices = logits.amax(-1), logits[:, : seen.shape[-1]]
     if any(own is not None for own in bias):
         none = choices.new_zeros(choices.shape[-1])
         choices = choices + torch.stack([none if own is None else own.to(none) for own in bias])
         if (choices.amax(-1) == -torch.inf).any():
             raise UserError("draw: every token is forbidden here; allow one")
-    numbers = [uniform(_seed(sampling), position) for sampling, position in zip(samplings, positions, strict=True)]
     if all(sampling.temperature == 0 for sampling in samplings):
-        tokens = penalized(choices, samplings, seen).max(-1).indices.tolist()
+        tokens = penalized(choices, samplings, seen).max(-1).indices
     else:
-        tokens = invert(filtered(choices, samplings, seen), choices.new_tensor(numbers)).tolist()
+        numbers = [uniform(_seed(sampling), position) for sampling, position in zip(samplings, positions, strict=True)]
+        tokens = _inverted(filtered(choices, samplings, seen).exp_(), choices.new_tensor(numbers))
+    found, peaks = torch.stack((tokens.double(), largest)).tolist()  # all that is waited for
+    _check_finite(peaks)
     asked = any(sampling.logprobs is not None for sampling in samplings)
     logprobs = logits.log_softmax(-1)[:, : seen.shape[-1]] if asked else logits
     return [
-        known(token, row, alternatives=sampling.logprobs)
-        for token, row, sampling in zip(tokens, logprobs, samplings, strict=True)
+        known(int(token), row, alternatives=sampling.logprobs)
+        for token, row, sampling in zip(found, logprobs, samplings, strict=True)
     ]
 
 
 def exact(logits: Float[Tensor, "R vocab"]) -> Float[Tensor, "R vocab"]:
     """Float64. UserError where a row has no finite largest logit."""
     logits = logits.detach().double()
-    if not torch.isfinite(logits.amax(-1)).all():
-        raise UserError(
-            "draw: expected finite logits, got NaN or infinity; the weights are damaged or their training diverged"
-        )
+    _check_finite(logits.amax(-1).tolist())
     return logits
 
 
@@ -138,68 +138,64 @@ def known(token: int, logprobs: Float[Tensor, " choices"], *, alternatives: int 
 def filtered(
     logits: Float[Tensor, "R V"], samplings: Sequence[Sampling], seen: Bool[Tensor, "R V"]
 ) -> Float[Tensor, "R V"]:
-    """Logits of the distribution that is drawn from, float64; -inf where a filter forbids a token."""
+    """Logits of the distribution that is drawn from, float64: 0 for the likeliest, -inf for what a filter forbids."""
     x = penalized(logits, samplings, seen)
-    temperature = _column(x, samplings, "temperature")
-    greedy = temperature == 0  # the limit of small temperatures: the likeliest token with probability 1
-    x = temper(x, torch.where(greedy, 1.0, temperature))
-    x = keep_top_k(x, torch.where(greedy, 1, _column(x, samplings, "top_k").long()))
-    x = keep_top_p(x, _column(x, samplings, "top_p"))
-    return keep_min_p(x, _column(x, samplings, "min_p"))
+    x = x - x.amax(-1, keepdim=True)  # from which a temperature is measured, so that none overflows
+    # A temperature of 0 is the limit of small ones: the likeliest token with probability 1.
+    temperatures = [sampling.temperature or 1.0 for sampling in samplings]
+    if any(temperature != 1 for temperature in temperatures):
+        x.div_(_column(x, temperatures))
+    x = keep_top_k(x, [sampling.top_k if sampling.temperature else 1 for sampling in samplings])
+    x = keep_top_p(x, [sampling.top_p for sampling in samplings])
+    return keep_min_p(x, [sampling.min_p for sampling in samplings])
 
 
 def penalized(
     logits: Float[Tensor, "R V"], samplings: Sequence[Sampling], seen: Bool[Tensor, "R V"]
 ) -> Float[Tensor, "R V"]:
     """Tokens that occurred are less likely, in float64: l / penalty where l > 0, l * penalty where l < 0."""
-    logits = logits.double()
-    penalty = _column(logits, samplings, "repetition_penalty")
-    if bool((penalty == 1).all()):
+    logits, penalties = logits.double(), [sampling.repetition_penalty for sampling in samplings]
+    if all(penalty == 1 for penalty in penalties):
         return logits
-    marked = (seen & (penalty != 1).to(seen.device)).nonzero(as_tuple=True)  # far fewer than all
+    marked = (seen & (_column(seen, penalties) != 1)).nonzero(as_tuple=True)  # far fewer than all
     rows, ids = (index.to(logits.device) for index in marked)
-    before, by = logits[rows, ids], penalty[rows, 0]
+    before, by = logits[rows, ids], logits.new_tensor(penalties)[rows]
     return logits.index_put((rows, ids), torch.where(before > 0, before / by, before * by))
 
 
-def temper(logits: Float[Tensor, "R V"], temperature: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
-    """Divide by the temperature, measured from the largest logit so that no temperature overflows."""
-    x = logits - logits.amax(-1, keepdim=True)
-    return x if bool((temperature == 1).all()) else x.div_(temperature)
-
-
-def keep_top_k(logits: Float[Tensor, "R V"], k: Int[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+def keep_top_k(logits: Float[Tensor, "R V"], k: Sequence[int]) -> Float[Tensor, "R V"]:
     """Forbid all but the k largest, exactly k with smaller ids first among equals; k = 0 forbids nothing."""
-    if not bool(k.any()):
+    if not any(k):
         return logits
     vocab = logits.shape[-1]
-    k = torch.where(k == 0, vocab, k).clamp(max=vocab)
-    ranked = logits.topk(int(torch.where(k == vocab, 1, k).max()), dim=-1).values
-    return _keep(logits, k, ranked)
+    counts = [min(own or vocab, vocab) for own in k]
+    ranked = logits.topk(max((count for count in counts if count < vocab), default=1), dim=-1).values
+    return _keep(logits, _column(logits, counts).long(), ranked)
 
 
-def keep_top_p(logits: Float[Tensor, "R V"], p: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+def keep_top_p(logits: Float[Tensor, "R V"], p: Sequence[float]) -> Float[Tensor, "R V"]:
     """Forbid all but the fewest largest whose probability is at least p; smaller ids first among equals."""
-    free = p == 1  # where rounding must not cut the tail
-    if bool(free.all()):
+    if all(own == 1 for own in p):
         return logits
+    wanted = _column(logits, p)
+    free = wanted == 1  # where rounding must not cut the tail
     vocab, count, largest = logits.shape[-1], NUCLEUS, logits.amax(-1, keepdim=True)
     total = (logits - largest).exp_().sum(-1, keepdim=True)
     while True:  # most often few tokens are enough, and sorting all takes longer than everything else
         count = min(count, vocab)
         ranked = logits.topk(count, dim=-1).values
         probability = (ranked - largest).exp_() / total
-        wanted = (probability.cumsum(-1) - probability < p).sum(-1, keepdim=True)
-        if count == vocab or bool((free | (wanted < count)).all()):
-            return _keep(logits, torch.where(free, vocab, wanted), ranked)
+        kept = (probability.cumsum(-1) - probability < wanted).sum(-1, keepdim=True)
+        if count == vocab or bool((free | (kept < count)).all()):
+            return _keep(logits, torch.where(free, vocab, kept), ranked)
         count *= GROWTH
 
 
-def keep_min_p(logits: Float[Tensor, "R V"], p: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
+def keep_min_p(logits: Float[Tensor, "R V"], p: Sequence[float]) -> Float[Tensor, "R V"]:
     """Forbid tokens less than p times as probable as the likeliest."""
-    if not bool(p.any()):
+    if not any(p):
         return logits
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + p.log(), -torch.inf)
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + _column(logits, p).log(), -torch.inf)
 
 
 def _keep(
@@ -216,8 +212,9 @@ def _keep(
     return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -torch.inf)
 
 
-def _column(like: Tensor, samplings: Sequence[Sampling], name: str) -> Float[Tensor, "R 1"]:
-    return like.new_tensor([[getattr(sampling, name)] for sampling in samplings])
+def _column(like: Tensor, values: Sequence[float]) -> Float[Tensor, "R 1"]:
+    """In float64, where `like` is."""
+    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(-1)
 
 
 def invert(logits: Float[Tensor, "R V"], numbers: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
@@ -226,11 +223,23 @@ def invert(logits: Float[Tensor, "R V"], numbers: Float[Tensor, " R"]) -> Int[Te
     In the order of ids, not of probabilities: a rounding difference between two runs then changes the token only when
     a number falls on a boundary, never because two nearly equal tokens changed places.
     """
-    cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
+    return _inverted((logits - logits.amax(-1, keepdim=True)).exp_(), numbers)
+
+
+def _inverted(weights: Float[Tensor, "R V"], numbers: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
+    """The same from what probabilities are in proportion to, which is overwritten."""
+    cumulative = weights.cumsum_(-1)
     total = cumulative[:, -1:]
     # number * total may round up to total, which no token exceeds
     target = torch.minimum(numbers[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def _check_finite(peaks: Sequence[float]) -> None:
+    if not all(map(math.isfinite, peaks)):
+        raise UserError(
+            "draw: expected finite logits, got NaN or infinity; the weights are damaged or their training diverged"
+        )
 
 
 def uniform(seed: int, position: int) -> float:
