@@ -28,7 +28,7 @@ check: $(VENV)/.ready-all
 	$(BIN)/python -m pytest --quiet tests/unit/test_imports.py
 
 gpu: $(VENV)/.ready-all
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -n 4 --dist loadgroup  # most of their time goes to compiling kernels
 	$(BIN)/isotach bench ops --device cuda --wait 0 --minutes 5 --out $(RESULTS)
 	$(BIN)/isotach bench decode --device cuda --wait 0 --out $(RESULTS)
 	$(BIN)/isotach bench sample --device cuda --wait 0 --out $(RESULTS)

@@ -154,6 +154,7 @@ def test_results_repeat_to_the_bit_and_graphs_replay(how: dict[str, Any]) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")  # not two of these at a time
 def test_tensors_of_more_than_two_billion_numbers() -> None:
     """The last document of a pack that ends beyond 2³¹, alone and in its place."""
     width, tail = 4096, 300
