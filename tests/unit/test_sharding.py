@@ -207,7 +207,7 @@ def rank(number: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TRITON_INTERPRET="1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=number, world_size=RANKS)
-    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
 
     if backends.find_spec("triton"):
         import isotach.ops.triton.decay
