@@ -185,7 +185,8 @@ def keep_top_p(logits: Float[Tensor, "R V"], p: Sequence[float]) -> Float[Tensor
         count = min(count, vocab)
         ranked = logits.topk(count, dim=-1).values
         probability = (ranked - largest).exp_() / total
-        kept = (probability.cumsum(-1) - probability < wanted).sum(-1, keepdim=True)
+        # One at least: of logits that are not numbers, which `draw` refuses afterwards, none is.
+        kept = (probability.cumsum(-1) - probability < wanted).sum(-1, keepdim=True).clamp_min(1)
         if count == vocab or bool((free | (kept < count)).all()):
             return _keep(logits, torch.where(free, vocab, kept), ranked)
         count *= GROWTH

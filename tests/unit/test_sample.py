@@ -158,10 +158,22 @@ def test_padding_of_the_vocabulary_is_never_drawn() -> None:
     assert {one.token for one in drawn} == {0, 1}
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(UserError, match="finite logits"):
-        draw(torch.tensor([[0.0, bad]]), [Sampling(seed=0)], positions=[0], seen=torch.zeros(1, 2, dtype=torch.bool))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5, "top_p": 0.5}, {"repetition_penalty": 2.0}],
+    ids=str,
+)
+def test_logits_that_are_not_finite_are_refused(bad: float, settings: dict[str, float]) -> None:
+    """Whatever filters see them first, and however large the vocabulary is."""
+    for vocab in (2, 500):
+        logits = torch.zeros(2, vocab)
+        logits[1] = bad
+        if bad == math.inf:
+            logits[1, 1:] = 0.0
+        seen = torch.ones(2, vocab, dtype=torch.bool)
+        with pytest.raises(UserError, match="finite logits"):
+            draw(logits, [Sampling(seed=0, **settings)] * 2, positions=[0, 0], seen=seen)
 
 
 def test_fresh_seeds_are_reported_and_differ() -> None:
