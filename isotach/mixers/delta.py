@@ -10,7 +10,6 @@ Parallelizing Linear Transformers with the Delta Rule (arXiv:2406.06484); β up 
 calls SiLU with the L2 norm the best features; its own table has ELU + 1 ahead on WikiText: both are options.
 """
 
-from math import isclose
 from typing import Literal, Self
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from isotach.nn.conv import ShortConv
 from isotach.nn.feature_maps import feature_map
-from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
+from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, check_expanded, linear
 from isotach.nn.norm import gated, l2norm
 from isotach.ops.delta import Delta
 from isotach.ops.recurrence import state_dtype
@@ -43,12 +42,8 @@ class DeltaNet(Mixer):
 
         @model_validator(mode="after")
         def _divides_expanded(self) -> Self:
-            for name in ("expand_k", "expand_v"):
-                expanded = self.width * getattr(self, name)
-                if not isclose(expanded, round(expanded)) or round(expanded) % self.heads:
-                    raise ValueError(
-                        f"{name} times width = {expanded:g} is not a multiple of heads = {self.heads}; change it"
-                    )
+            for option in ("expand_k", "expand_v"):
+                check_expanded(self, option, self.heads, "heads")
             if self.norm == "sum" and self.features == "silu":
                 raise ValueError(
                     "norm = 'sum' divides by a sum that may vanish with features = 'silu'; take relu or elu1"

@@ -9,14 +9,13 @@ The gate is a product of two thin matrices; its temperature 16 lets a layer with
 Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv:2312.06635).
 """
 
-from math import isclose
 from typing import Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
+from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, check_expanded, linear
 from isotach.nn.norm import gated
 from isotach.ops.decay import Decay
 from isotach.ops.recurrence import state_dtype
@@ -35,12 +34,8 @@ class Gla(Mixer):
 
         @model_validator(mode="after")
         def _divides_expanded(self) -> Self:
-            for name in ("expand_k", "expand_v"):
-                expanded = self.width * getattr(self, name)
-                if not isclose(expanded, round(expanded)) or round(expanded) % self.heads:
-                    raise ValueError(
-                        f"{name} times width = {expanded:g} is not a multiple of heads = {self.heads}; change it"
-                    )
+            for option in ("expand_k", "expand_v"):
+                check_expanded(self, option, self.heads, "heads")
             return self
 
     def __init__(self, config: Config, place: Place) -> None:

@@ -12,7 +12,6 @@ Kimi Linear (arXiv:2510.26692), initialised as its released code is. Bounded, a_
 as in the fast variant of that code, which takes -5.
 """
 
-from math import isclose
 from typing import Literal, Self
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from isotach.nn.conv import ShortConv
 from isotach.nn.forget import Forget
-from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
+from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, check_expanded, linear
 from isotach.nn.norm import gated, l2norm
 from isotach.ops.delta import Delta
 from isotach.ops.recurrence import state_dtype
@@ -50,10 +49,8 @@ class Kda(Mixer):
             value_heads = self.value_heads or self.heads
             if value_heads % self.heads:
                 raise ValueError(f"value_heads = {value_heads} is not a multiple of heads = {self.heads}; choose one")
-            for name, count in (("expand_k", self.heads), ("expand_v", value_heads)):
-                expanded = self.width * getattr(self, name)
-                if not isclose(expanded, round(expanded)) or round(expanded) % count:
-                    raise ValueError(f"{name} times width = {expanded:g} is not a multiple of {count} heads; change it")
+            check_expanded(self, "expand_k", self.heads, "heads")
+            check_expanded(self, "expand_v", value_heads, "value_heads")
             return self
 
     def __init__(self, config: Config, place: Place) -> None:

@@ -9,7 +9,6 @@ Retentive Network (arXiv:2307.08621). The paper normalises each head by GroupNor
 gain for all heads, which is the default.
 """
 
-from math import isclose
 from typing import Literal, Self
 
 import torch
@@ -17,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, linear
+from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, check_expanded, linear
 from isotach.nn.norm import gated
 from isotach.nn.positions import angles, ladder, rope
 from isotach.ops.decay import Decay
@@ -36,13 +35,8 @@ class Retnet(Mixer):
 
         @model_validator(mode="after")
         def _divides_expanded(self) -> Self:
-            for name, unit in (("expand_k", 2 * self.heads), ("expand_v", self.heads)):
-                expanded = self.width * getattr(self, name)
-                if not isclose(expanded, round(expanded)) or round(expanded) % unit:
-                    what = "twice heads (RoPE turns pairs)" if name == "expand_k" else "heads"
-                    raise ValueError(
-                        f"{name} times width = {expanded:g} is not a multiple of {what} = {unit}; change it"
-                    )
+            check_expanded(self, "expand_k", 2 * self.heads, "twice heads (RoPE turns pairs)")
+            check_expanded(self, "expand_v", self.heads, "heads")
             return self
 
     theta: Tensor

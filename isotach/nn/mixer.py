@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isclose
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -64,6 +65,13 @@ class MixerConfig(Config):
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}; choose a divisor")
         return self
+
+
+def check_expanded(config: MixerConfig, option: str, unit: int, what: str) -> None:
+    """ValueError unless `option` times the model's width is a multiple of `unit`, which is called `what`."""
+    expanded = config.width * getattr(config, option)
+    if not isclose(expanded, round(expanded)) or round(expanded) % unit:
+        raise ValueError(f"{option} times width = {expanded:g} is not a multiple of {what} = {unit}; change it")
 
 
 class Scan:

@@ -284,9 +284,13 @@ def test_features_and_norms_of_the_ablation() -> None:
         (DeltaNet, {"expand_k": 0.3}, "expand_k times width = 4.8 is not a multiple of heads = 2; change it"),
         (DeltaNet, {"norm": "sum"}, "norm = 'sum' divides by a sum that may vanish with features = 'silu'; take relu"),
         (GatedDelta, {"value_heads": 3}, "value_heads = 3 is not a multiple of heads = 2; choose one"),
-        (GatedDelta, {"value_heads": 4, "expand_v": 0.125}, "expand_v times width = 2 is not a multiple of 4 heads"),
+        (
+            GatedDelta,
+            {"value_heads": 4, "expand_v": 0.125},
+            "expand_v times width = 2 is not a multiple of value_heads",
+        ),
         (Kda, {"bound": 1.0}, "less than 0"),
-        (Kda, {"expand_k": 0.1}, "expand_k times width = 1.6 is not a multiple of 2 heads; change it"),
+        (Kda, {"expand_k": 0.1}, "expand_k times width = 1.6 is not a multiple of heads = 2; change it"),
     ],
 )
 def test_options_that_cannot_be_are_refused(mixer: Any, options: dict[str, Any], message: str) -> None:
