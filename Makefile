@@ -29,7 +29,7 @@ check: $(VENV)/.ready-all
 
 gpu: $(VENV)/.ready-all
 	$(BIN)/python -m pytest -m gpu -n 4 --dist loadgroup  # most of their time goes to compiling kernels
-	$(BIN)/isotach bench ops --device cuda --wait 0 --minutes 5 --out $(RESULTS)
+	$(BIN)/isotach bench ops --device cuda --wait 0 --minutes 4 --out $(RESULTS)
 	$(BIN)/isotach bench decode --device cuda --wait 0 --out $(RESULTS)
 	$(BIN)/isotach bench sample --device cuda --wait 0 --out $(RESULTS)
 
