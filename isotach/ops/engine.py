@@ -48,11 +48,15 @@ class Span:
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, *, start: Tensor | None = None) -> Self:
-        """Documents laid end to end in one row; document n follows start[n] earlier tokens (default: none)."""
+        """Documents laid end to end in one row; document n follows start[n] earlier tokens (default: none).
+
+        ValueError where bounds do not rise from 0. On a GPU they are waited for, and `run` does not look again.
+        """
+        time = _last_bound("Span.packed", cu_seqlens)
         lengths = cu_seqlens.diff()
         shift = (torch.zeros_like(lengths) if start is None else start) - cu_seqlens[:-1]
-        every = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-        return cls((every + shift.repeat_interleave(lengths))[None], cu_seqlens)
+        every = torch.arange(time, device=cu_seqlens.device)
+        return cls((every + shift.repeat_interleave(lengths, output_size=time))[None], cu_seqlens)
 
     def row(self, n: int) -> Self:
         """Where the tokens of row or document n sit, without the others."""
@@ -263,11 +267,22 @@ def _check_bounds(who: str, bounds: Tensor, batch: int, time: int) -> None:
         raise ValueError(
             f"{who}: packing takes B = 1; got B = {batch}; flatten the rows and add their ends to cu_seqlens"
         )
-    if bounds.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # a graph's bounds may change between replays, and nobody can look at them now
-    ends = (int(bounds[0]), int(bounds[-1])) if bounds.numel() > 1 else (0, 0)
-    if bounds.dtype != torch.int64 or ends != (0, time) or bool((bounds.diff() < 0).any()):
+    if bounds.is_cuda and bounds.dtype == torch.int64:
+        return  # `Span.packed` has looked at them; here every layer would wait for the device
+    if (last := _last_bound(who, bounds)) != time:
         raise ValueError(
-            f"{who}: cu_seqlens must be int64, start at 0, never fall and end at T = {time}; "
-            f"got {bounds.dtype} from {ends[0]} to {ends[1]}; pass the running sum of document lengths"
+            f"{who}: cu_seqlens must end at T = {time}; got {last}; pass the running sum of document lengths"
         )
+
+
+def _last_bound(who: str, bounds: Tensor) -> int:
+    """Where the last document ends; ValueError where these are no bounds."""
+    first = last = least = 0
+    if bounds.numel() > 1:
+        first, last, least = torch.stack((bounds[0], bounds[-1], bounds.diff().min())).tolist()
+    if bounds.dtype != torch.int64 or first != 0 or least < 0:
+        raise ValueError(
+            f"{who}: cu_seqlens must be int64, start at 0 and never fall; got {bounds.dtype} from {first} to {last}; "
+            "pass the running sum of document lengths"
+        )
+    return int(last)

@@ -54,8 +54,30 @@ def test_refusals(change: dict[str, object], message: str) -> None:
 
 @pytest.mark.parametrize("bounds", [[0, 5], [1, 9], [0, 6, 4, 9], [0.0, 9.0]])
 def test_bad_bounds_are_refused(bounds: list[float]) -> None:
-    with pytest.raises(ValueError, match="cu_seqlens must be int64"):
+    with pytest.raises(ValueError, match=r"cu_seqlens must (be int64|end at T = 9; got 5)"):
         run(REC, example(batch=1), None, Span(Span.of(1, 9).positions, torch.tensor(bounds)))
+    if bounds != [0, 5]:
+        with pytest.raises(ValueError, match=r"Span\.packed: cu_seqlens must be int64, start at 0 and never fall"):
+            Span.packed(torch.tensor(bounds))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_a_gpu() -> None:
+    """Not for a pack's bounds either, forward and backward, once kernels are compiled."""
+    x = example(batch=1)
+    inputs = type(x)(*(leaf.float().cuda().requires_grad_() for leaf in x))
+    span = Span.packed(torch.tensor([0, 4, 4, 9], device="cuda"))
+
+    def both() -> None:
+        output, _ = run(REC, inputs, None, span)
+        torch.autograd.grad(output.sum(), inputs)
+
+    both()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_second_derivatives_are_refused_not_wrong() -> None:
