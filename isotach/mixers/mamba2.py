@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from isotach.nn.conv import ShortConv
 from isotach.nn.mixer import Mixer, MixerConfig, Place, Scan, Stream, linear
+from isotach.nn.norm import gated_before
 from isotach.ops.decay import Decay
 from isotach.ops.recurrence import state_dtype
 
@@ -75,9 +76,8 @@ class Mamba2(Mixer):
 
     def output(self, o: Tensor, aux: tuple[Tensor, Tensor]) -> Tensor:
         u, z = aux
-        y = (o + self.skip[:, None] * u).flatten(-2) * F.silu(z)
-        y = F.rms_norm(y.unflatten(-1, (self.groups, -1)), (self.inner // self.groups,), eps=1e-5)
-        return self.out(self.gain * y.flatten(-2))
+        y = (o + self.skip[:, None] * u).flatten(-2)
+        return self.out(gated_before(y, z, self.gain, groups=self.groups, eps=1e-5))
 
     def _per_head(self, shared: Tensor) -> Tensor:
         """(B, T, groups · K) for every head: a view where there is one group."""

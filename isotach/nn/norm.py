@@ -47,17 +47,40 @@ def gated(
     rows = o.flatten(2) if o.shape[2] * o.shape[3] == width else o
     if gate is None:
         return norm(rows).flatten(2)
-    if _fused(o.device.type) and width <= WIDEST and torch.float64 not in (o.dtype, gate.dtype):
-        if sharding.spread((o, gate)):
-            sharding.engage()
-        heads = rows.unflatten(-1, (-1, width)) if rows.dim() == 3 else rows
-        fused: Tensor = torch.ops.isotach.gated_norm_triton(heads, gate.view(heads.shape), gain, norm.eps, activation)
-        return fused.flatten(2)
+    if _fused(rows, gate, width):
+        return _kernel(rows, gate, gain, norm.eps, activation, width=width, before=False)
     return norm(rows).flatten(2) * ACTIVATIONS[activation](gate)
 
 
+def gated_before(
+    o: Float[Tensor, "B T D"], gate: Float[Tensor, "B T D"], gain: Float[Tensor, "D"], *, groups: int, eps: float
+) -> Float[Tensor, "B T D"]:
+    """gain ∘ norm(o ∘ silu(gate)), every one of `groups` for itself, as in Mamba-2."""
+    width = o.shape[-1] // groups
+    if groups == 1 and _fused(o, gate, width):
+        return _kernel(o, gate, gain, eps, "silu", width=width, before=True)
+    y = (o * F.silu(gate)).unflatten(-1, (groups, width))
+    return gain * F.rms_norm(y, (width,), eps=eps).flatten(-2)
+
+
+def _kernel(
+    o: Tensor, gate: Tensor, gain: Tensor | None, eps: float | None, activation: Activation, *, width: int, before: bool
+) -> Tensor:
+    if sharding.spread((o, gate)):
+        sharding.engage()
+    heads = o.unflatten(-1, (-1, width)) if o.dim() == 3 else o
+    given = (heads, gate.view(heads.shape), gain, eps, activation, before)
+    fused: Tensor = torch.ops.isotach.gated_norm_triton(*given)
+    return fused.flatten(2)
+
+
+def _fused(o: Tensor, gate: Tensor, width: int) -> bool:
+    """Whether a kernel takes these."""
+    return width <= WIDEST and torch.float64 not in (o.dtype, gate.dtype) and _loaded(o.device.type)
+
+
 @torch.compiler.assume_constant_result  # which cannot trace an import
-def _fused(device: str) -> bool:
+def _loaded(device: str) -> bool:
     if device != "cuda" or find_spec("triton") is None:
         return False
     import isotach.ops.triton.gated_norm  # noqa: F401

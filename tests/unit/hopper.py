@@ -126,9 +126,10 @@ def steps(rows: int) -> None:
 def gated_norms(time: int) -> None:
     """Heads with a gain, gated by a slice of a projection."""
     x, gate = torch.empty(2, time, 3, 64, dtype=torch.bfloat16), torch.empty(2, time, 4, 64, dtype=torch.bfloat16)
-    rest = (gate[:, :, 1:], torch.empty(64), 1e-6, "silu")
-    gated_norm.gated_norm(x, *rest)
-    gated_norm._backward(x, x, *rest)
+    for before in (False, True):
+        rest = (gate[:, :, 1:], torch.empty(64), 1e-6, "silu", before)
+        gated_norm.gated_norm(x, *rest)
+        gated_norm._backward(x, x, *rest)
 
 
 def linears(rows: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isotach.nn import norm as norms
-from isotach.nn.norm import SRMSNorm, gated
+from isotach.nn.norm import SRMSNorm, gated, gated_before
 from isotach.rng import generator
 from tests.unit.interpreter import hopper, interpreted
 
@@ -70,7 +70,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     import isotach.ops.triton.decay  # noqa: F401  so that what `interpreted` mends is there
 
     interpreted(monkeypatch, Decay)
-    monkeypatch.setattr(norms, "_fused", lambda device: True)
+    monkeypatch.setattr(norms, "_loaded", lambda device: True)
     return monkeypatch
 
 
@@ -134,6 +134,27 @@ def test_views_are_read_where_they_are(fused: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(both.double(), want.detach(), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_before_the_norm(fused: pytest.MonkeyPatch, groups: int, dtype: torch.dtype) -> None:
+    """By the kernel where there is one group, which is what the gain then belongs to."""
+    o, gate = (drawn(2, 23, 48, name=name, dtype=dtype) for name in ("o", "gate"))
+    gain = (1 + 0.1 * drawn(48, name="gain", dtype=torch.float32).detach()).requires_grad_()
+    weight = drawn(2, 23, 48, name="weight", dtype=dtype).detach()
+    found = []
+    for wide in (False, True):
+        leaves = [leaf.detach().to(torch.float64 if wide else leaf.dtype).requires_grad_() for leaf in (o, gate, gain)]
+        if wide:
+            z = (leaves[0] * F.silu(leaves[1])).unflatten(-1, (groups, -1))
+            y = leaves[2] * (z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2)
+        else:
+            y = gated_before(leaves[0], leaves[1], leaves[2], groups=groups, eps=1e-5)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, weight.to(y.dtype))])
+    most = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps * (0.5 if groups == 1 else 2)
+    assert max(worst(*found)) <= most
+    assert found[0][0].dtype == (dtype if groups == 1 else torch.float32)
+
+
 def test_float64_is_left_to_pytorch(fused: pytest.MonkeyPatch) -> None:
     norm, inputs = leaves((1, 4, 2, 8), whole=False, dtype=torch.float64, gain=False)
     assert max(worst(everything(norm, inputs, "silu"), exact(inputs, "silu", whole=False))) < 1e-14
@@ -143,9 +164,9 @@ def test_registered_operators(fused: pytest.MonkeyPatch) -> None:
     """opcheck of both, no graph break, and no second derivative."""
     x, gate = (drawn(1, 3, 2, 8, name=name, dtype=torch.float32) for name in ("x", "gate"))
     for gain in (None, torch.ones(8, requires_grad=True)):
-        torch.library.opcheck(kernels.gated_norm, (x, gate, gain, 1e-6, "silu"))
+        torch.library.opcheck(kernels.gated_norm, (x, gate, gain, 1e-6, "silu", False))
         plain = [None if leaf is None else leaf.detach() for leaf in (x, gate, gain)]
-        torch.library.opcheck(kernels._backward, (plain[0], *plain, 1e-6, "silu"))
+        torch.library.opcheck(kernels._backward, (plain[0], *plain, 1e-6, "silu", True))
 
     def loss(x: Tensor, gate: Tensor) -> Tensor:
         return gated(norm, x, gate, "silu").square().sum()
@@ -167,7 +188,7 @@ def test_registered_operators(fused: pytest.MonkeyPatch) -> None:
 def test_kernels_compile_for_hopper_once() -> None:
     """Interpreted kernels never meet the compiler's types; a new length compiles nothing more."""
     report = hopper("gated norm")
-    assert report["kernels"] == 2
+    assert report["kernels"] == 4  # the gate behind, and before
     assert report["more_for_other_lengths"] == 0
 
 

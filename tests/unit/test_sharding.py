@@ -149,7 +149,7 @@ def norm(mesh: Any, axis: int) -> Split:
 
     def all_of(*leaves: Tensor) -> list[Tensor]:
         leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
-        y = gated_norm(*leaves, 1e-6, "silu")
+        y = gated_norm(*leaves, 1e-6, "silu", False)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
     placements = [[Shard(axis)], [Shard(axis)], [Replicate()]]

@@ -1,10 +1,12 @@
-"""A norm and the gate behind it in one pass over memory: y = x / √(mean(x²) + eps) ∘ gain ∘ activation(gate).
+"""A norm and a gate behind it, or before it, in one pass over memory. With s = 1 / √(mean(z²) + eps),
+
+    behind    y = s z ∘ gain ∘ activation(gate), z = x        before    y = s z ∘ gain, z = x ∘ activation(gate)
 
 By itself each of the three operations reads and writes everything. Going back nothing was kept but the inputs: with
-n = x / √(mean(x²) + eps) and e = dy ∘ gain ∘ activation(gate),
+n = s z, a = activation(gate) and a' its derivative,
 
-    dx = (e - n mean(e ∘ n)) / √(mean(x²) + eps)
-    dgate = dy ∘ n ∘ gain ∘ activation'(gate)        dgain = Σ dy ∘ n ∘ activation(gate)
+    behind    e = dy ∘ gain ∘ a    dx = s (e - n mean(e ∘ n))    dgate = dy ∘ n ∘ gain ∘ a'    dgain = Σ dy ∘ n ∘ a
+    before    e = dy ∘ gain        dz = s (e - n mean(e ∘ n))    dx = dz ∘ a, dgate = dz ∘ x ∘ a'    dgain = Σ dy ∘ n
 
 Each of a fixed number of programs sums dgain over its rows, and the sums are added up in one order: no atomics.
 
@@ -76,12 +78,17 @@ def _activated(gates, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
 def _forward_tile(  # type: ignore[no-untyped-def]
     x, gate, gain, output, total, eps, x_token, x_head, gate_token, gate_head,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):
     # fmt: on
     number, rows, columns = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    xs = _tile(x, number, x_token, x_head, rows, columns, total, HEADS, WIDTH)
+    zs = _tile(x, number, x_token, x_head, rows, columns, total, HEADS, WIDTH)
     open, _ = _activated(_tile(gate, number, gate_token, gate_head, rows, columns, total, HEADS, WIDTH), ACTIVATION)
-    ys = xs * _scale(xs, eps, WIDTH) * _gain(gain, columns, WIDTH) * open
+    if BEFORE:
+        zs *= open
+    ys = zs * _scale(zs, eps, WIDTH) * _gain(gain, columns, WIDTH)
+    if not BEFORE:
+        ys *= open
     row = _rows(number, rows)
     spots = output + row[:, None] * WIDTH + columns[None, :]
     tl.store(spots, ys.to(output.dtype.element_ty), mask=(row < total)[:, None] & (columns < WIDTH)[None, :])
@@ -93,6 +100,7 @@ def _backward_tiles(  # type: ignore[no-untyped-def]
     grad, x, gate, gain, dx, dgate, partial, total, tiles, programs, eps,
     grad_token, grad_head, x_token, x_head, gate_token, gate_head,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):
     # fmt: on
     """Every so many tiles: dx and dgate, and what they add to dgain in partial (programs, WIDTH)."""
@@ -103,20 +111,31 @@ def _backward_tiles(  # type: ignore[no-untyped-def]
         dy = _tile(grad, number, grad_token, grad_head, rows, columns, total, HEADS, WIDTH)
         gates = _tile(gate, number, gate_token, gate_head, rows, columns, total, HEADS, WIDTH)
         open, slope = _activated(gates, ACTIVATION)
-        scale = _scale(xs, eps, WIDTH)
-        normed, entering = xs * scale, dy * gains * open
-        mean = tl.sum(entering * normed, 1)[:, None] / WIDTH
-        sums += dy * normed * open
+        zs, entering = xs, dy * gains
+        if BEFORE:
+            zs *= open
+        else:
+            entering *= open
+        scale = _scale(zs, eps, WIDTH)
+        normed = zs * scale
+        grads = (entering - normed * (tl.sum(entering * normed, 1)[:, None] / WIDTH)) * scale
+        if BEFORE:
+            sums += dy * normed
+            of_gate = grads * xs * slope
+            grads *= open
+        else:
+            sums += dy * normed * open
+            of_gate = dy * normed * gains * slope
         row = _rows(number, rows)
         spots, there = row[:, None] * WIDTH + columns[None, :], (row < total)[:, None] & (columns < WIDTH)[None, :]
-        tl.store(dx + spots, ((entering - normed * mean) * scale).to(dx.dtype.element_ty), mask=there)
-        tl.store(dgate + spots, (dy * normed * gains * slope).to(dgate.dtype.element_ty), mask=there)
+        tl.store(dx + spots, grads.to(dx.dtype.element_ty), mask=there)
+        tl.store(dgate + spots, of_gate.to(dgate.dtype.element_ty), mask=there)
     if partial is not None:
         tl.store(partial + first * WIDTH + columns, tl.sum(sums, 0), mask=columns < WIDTH)
 
 
 @torch.library.custom_op("isotach::gated_norm_triton", mutates_args=())
-def gated_norm(x: Tensor, gate: Tensor, gain: Tensor | None, eps: float, activation: str) -> Tensor:
+def gated_norm(x: Tensor, gate: Tensor, gain: Tensor | None, eps: float, activation: str, before: bool) -> Tensor:
     """x, gate (B, T, H, V) and gain (V,) -> (B, T, H, V), of the wider dtype; activation: none, silu or sigmoid."""
     output = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, gate.dtype))
     cut = _Cut(x)
@@ -125,19 +144,19 @@ def gated_norm(x: Tensor, gate: Tensor, gain: Tensor | None, eps: float, activat
         with torch.cuda.device_of(x):
             _forward_tile[(cut.tiles,)](
                 xs, gates, gain, output, cut.total, eps, *x_at, *gate_at, **cut.sizes, ACTIVATION=activation,
-                num_warps=cut.warps,
+                BEFORE=before, num_warps=cut.warps,
             )  # fmt: skip
     return output
 
 
 @gated_norm.register_fake
-def _(x, gate, gain, eps, activation):  # type: ignore[no-untyped-def]
+def _(x, gate, gain, eps, activation, before):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, gate.dtype))
 
 
 @torch.library.custom_op("isotach::gated_norm_triton_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x: Tensor, gate: Tensor, gain: Tensor | None, eps: float, activation: str
+    grad: Tensor, x: Tensor, gate: Tensor, gain: Tensor | None, eps: float, activation: str, before: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate and gain; the last of shape (0,) where there is none."""
     dx, dgate, cut = x.new_empty(x.shape), gate.new_empty(gate.shape), _Cut(x)
@@ -148,7 +167,7 @@ def _backward(
         with torch.cuda.device_of(x):
             _backward_tiles[(programs,)](
                 grads, xs, gates, gain, dx, dgate, partial, cut.total, cut.tiles, programs, eps,
-                *grad_at, *x_at, *gate_at, **cut.sizes, ACTIVATION=activation, num_warps=cut.warps,
+                *grad_at, *x_at, *gate_at, **cut.sizes, ACTIVATION=activation, BEFORE=before, num_warps=cut.warps,
             )  # fmt: skip
     if gain is None or partial is None:
         return dx, dgate, x.new_empty(0)
@@ -156,20 +175,20 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, x, gate, gain, eps, activation):  # type: ignore[no-untyped-def]
+def _(grad, x, gate, gain, eps, activation, before):  # type: ignore[no-untyped-def]
     dgain = x.new_empty(0) if gain is None else gain.new_empty(gain.shape)
     return x.new_empty(x.shape), gate.new_empty(gate.shape), dgain
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.eps, ctx.activation = inputs
+    *tensors, ctx.eps, ctx.activation, ctx.before = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
     x, gate, gain = ctx.saved_tensors
-    dx, dgate, dgain = _backward(grad, x, gate, gain, ctx.eps, ctx.activation)
-    return dx, dgate, None if gain is None else dgain, None, None
+    dx, dgate, dgain = _backward(grad, x, gate, gain, ctx.eps, ctx.activation, ctx.before)
+    return dx, dgate, None if gain is None else dgain, None, None, None
 
 
 gated_norm.register_autograd(_differentiate, setup_context=_save)
