@@ -279,10 +279,10 @@ def _last_bound(who: str, bounds: Tensor) -> int:
     """Where the last document ends; ValueError where these are no bounds."""
     first = last = least = 0
     if bounds.numel() > 1:
-        first, last, least = torch.stack((bounds[0], bounds[-1], bounds.diff().min())).tolist()
+        first, last, least = map(int, torch.stack((bounds[0], bounds[-1], bounds.diff().min())).cpu())
     if bounds.dtype != torch.int64 or first != 0 or least < 0:
         raise ValueError(
             f"{who}: cu_seqlens must be int64, start at 0 and never fall; got {bounds.dtype} from {first} to {last}; "
             "pass the running sum of document lengths"
         )
-    return int(last)
+    return last
