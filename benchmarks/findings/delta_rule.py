@@ -57,7 +57,7 @@ ADDITIVE = (ADDS, "linear", "GLA")
 RATES = (3e-3, 1e-2)  # no one rate suits all: both are tried, and the better counts
 SEEDS = (0, 1, 2)  # of the two that differ in nothing but the rule; the others have the first
 WIDTH, HEADS = 32, 2
-TASK = RecallConfig(pairs=(4, 8, 16, 32), length=64, vocab=64, steps=1000, rows=32)
+TASK = RecallConfig(pairs=(4, 8, 16, 32), length=64, vocab=64, steps=3000, rows=32)
 KEYS, REWRITTEN = 8, 4  # of the second task
 PERFECT, MARGIN = 0.99, 0.02
 
