@@ -1,7 +1,8 @@
 """python -m tools.tune FAMILY: times every configuration of its kernels that this GPU takes, the fastest first.
 
-The tables in isotach/ops/triton are chosen by this, once per kind of GPU, so that nothing is tried out while somebody's
-model runs. A configuration whose result is wrong is refused, whatever it takes: compilers have been seen to err.
+The tables in isotach/ops/triton are to be chosen by this, once per kind of GPU, so that nothing is tried out while
+somebody's model runs; so far they are reasoned (docs/numerics.md). A configuration whose result is wrong is refused,
+whatever it takes: compilers have been seen to err.
 
     python -m tools.tune decay                      decays per head, heads of 128, bfloat16
     python -m tools.tune "channel delta" --width 64 --minutes 8 --out tuned.json
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,32 +26,39 @@ from isotach.bench import report
 from isotach.bench.families import OPERATIONS, Shape
 from isotach.bench.limits import clock
 from isotach.bench.ops import CORRECT, FILLING, SMALL, Timed, error, ours
-from isotach.files import write_atomically
+from isotach.errors import UserError
+from isotach.files import check_writable, write_atomically
 
 ROUNDS = 20
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WARPS, STAGES = (4, 8), (1, 2, 3)
+
+
+BOTH = {"warps": (4, 8), "stages": (1, 2, 3)}
+ERASING = {"chunk": (16, 32, 64), "finer": (16, 32), "block": (32, 64), **BOTH}
 
 
 class Family(NamedTuple):
-    """operation: what is timed (isotach/bench/families.py); table: where its kernels look; tried: values by field."""
+    """operation: what is timed (isotach/bench/families.py); place: module and name of the table in isotach.ops.triton
+    where its kernels look; tried: values by field.
+    """
 
     operation: str
-    table: dict[tuple[torch.dtype, int], Any]
+    place: tuple[str, str]
     tried: Mapping[str, Sequence[int]]
 
+    @property
+    def table(self) -> dict[tuple[torch.dtype, int], Any]:
+        module, name = self.place
+        table: dict[tuple[torch.dtype, int], Any] = getattr(import_module(f"isotach.ops.triton.{module}"), name)
+        return table
 
-def families() -> dict[str, Family]:
-    from isotach.ops.triton import channel, decay, delta
 
-    both = {"warps": WARPS, "stages": STAGES}
-    erasing = {"chunk": (16, 32, 64), "finer": (16, 32), "block": (32, 64), **both}
-    return {
-        "decay": Family("decay", decay.CONFIGS, {"chunk": (32, 64, 128), "block": (32, 64, 128), **both}),
-        "channel": Family("GLA", channel.CONFIGS, {"chunk": (16, 32), "block": (32, 64, 128), **both}),
-        "delta": Family("gated delta", delta.HEADS, erasing),
-        "channel delta": Family("KDA", delta.CHANNELS, erasing),
-    }
+FAMILIES = {
+    "decay": Family("decay", ("decay", "CONFIGS"), {"chunk": (32, 64, 128), "block": (32, 64, 128), **BOTH}),
+    "channel": Family("GLA", ("channel", "CONFIGS"), {"chunk": (16, 32), "block": (32, 64, 128), **BOTH}),
+    "delta": Family("gated delta", ("delta", "HEADS"), ERASING),
+    "channel delta": Family("KDA", ("delta", "CHANNELS"), ERASING),
+}
 
 
 def tune(
@@ -62,17 +71,23 @@ def tune(
     minutes: float = float("inf"),
     rounds: int = ROUNDS,
 ) -> list[report.Row]:
-    """A row per configuration, milliseconds forward and with the backward; what is in the table comes first."""
-    key = next(key for key in family.table if key[0] == dtype and shape.width <= key[1])
-    kept, end, rows = family.table[key], time.monotonic() + 60 * minutes, []
+    """A row per configuration, milliseconds forward and with the backward; what is in the table comes first.
+
+    UserError where the table has no heads of such a width.
+    """
+    table = family.table
+    key = next((key for key in table if key[0] == dtype and shape.width <= key[1]), None)
+    if key is None:
+        raise UserError(f"tune: expected heads of at most {max(width for _, width in table)}, got {shape.width}")
+    kept, end, rows = table[key], time.monotonic() + 60 * minutes, []
     try:
         for config in configurations(kept, family.tried):
             if time.monotonic() > end:
                 break
-            family.table[key] = config
+            table[key] = config
             rows.append(config._asdict() | _measured(family.operation, dtype, shape, device, timed, rounds))
     finally:
-        family.table[key] = kept
+        table[key] = kept
     return rows
 
 
@@ -112,18 +127,28 @@ def _measured(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.tune", description="Time configurations of GPU kernels.")
-    parser.add_argument("family", choices=["decay", "channel", "delta", "channel delta"])
+    parser.add_argument("family", choices=list(FAMILIES))
     parser.add_argument("--width", type=int, default=128, help="channels of a head")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no configuration after these")
     parser.add_argument("--out", type=Path, help="write the rows to this file as JSON")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("tune: expected a CUDA device, found none; run it where there is one", file=sys.stderr)
+    try:
+        _run(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
         return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("tune: expected a CUDA device, found none; run it where there is one")
+    if options.out is not None:
+        check_writable(options.out)
     device = torch.device("cuda")
     rows = tune(
-        families()[options.family],
+        FAMILIES[options.family],
         dtype=DTYPES[options.dtype],
         shape=FILLING._replace(width=options.width),
         device=device,
@@ -140,7 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for field, value in row.items()
             )
         )
-    return 0
 
 
 if __name__ == "__main__":

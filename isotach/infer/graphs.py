@@ -2,8 +2,9 @@
 
     a → b, b → a        two states of fixed places in memory, and a graph from each to the other
 
-Nothing is copied between steps of the same rows. When rows come or go, their states are copied into `a` once. There is
-a pair of graphs for every number of rows that is a power of two; the rows between are stepped along and left out.
+Nothing is copied between steps of the same rows, but for states that are to stay. When rows come or go, theirs are
+copied into `a` once. There is a pair of graphs for every number of rows that is a power of two; the rows between are
+stepped along and left out.
 
 A graph does what was recorded, whatever the numbers. So a decoder is recorded only if its step looks at none (`swa`
 asks how much is in its window): that is found out by a step on tensors that have no values.
@@ -57,8 +58,11 @@ class Stepper:
             self._records = not state.grows and _looks_at_nothing(self._decoder, state)
         if self._capture is None or not self._records:
             return step(self._decoder, tokens, state)
-        graphs = self._for(state)
-        half = self._given[1] if self._given is not None and self._given[0] is state else graphs.enter(state)
+        graphs, half = self._for(state), 0
+        if self._given is not None and self._given[0] is state:
+            half = self._given[1]
+        else:
+            graphs.enter(state)
         logits, after = graphs.step(half, tokens)
         if self._values:
             after = _each(after, Tensor.clone)
@@ -83,10 +87,9 @@ class _Graphs:
         self._tokens = torch.zeros(halves[0].rows, 1, dtype=torch.int64, device=decoder.device)
         self._recorded = [capture(partial(self._work, half)) for half in range(2)]
 
-    def enter(self, state: DecoderState) -> int:
-        """Copy a state in, always into the same half; which one."""
+    def enter(self, state: DecoderState) -> None:
+        """Copy a state into the first half."""
         _copy(_first(self._halves[0], state.rows), state)
-        return 0
 
     def step(self, half: int, tokens: Sequence[int]) -> tuple[Tensor, DecoderState]:
         logits, replay = self._recorded[half]

@@ -8,7 +8,6 @@ GLU, rounded at the same places but one: x is rounded to bfloat16 before the nor
 of a row reads little more than the weights, and launching a kernel takes as long as reading one of its matrices.
 """
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from isotach.models.block8 import Published
 from isotach.nn.mixer import MixerState
 from isotach.nn.positions import angles, lrpe
+from isotach.ops.backends import has_kernels
 from isotach.ops.decay import Decay
 from isotach.ops.engine import Span, advance
 
@@ -61,9 +61,8 @@ def step(
     return rows.view(batch, 1, width), {"main": memory}
 
 
-@torch.compiler.assume_constant_result  # which cannot trace an import
 def _kernels(device: torch.device) -> bool:
-    if device.type != "cuda" or find_spec("triton") is None:
+    if not has_kernels("linear", device.type):
         return False
     from isotach.ops.triton.linear import refusal
 

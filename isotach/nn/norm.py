@@ -1,6 +1,5 @@
 """SimpleRMSNorm, x / √(mean(x²) + eps): no gain, no mean (TransNormerLLM, arXiv:2307.14995). And a norm with a gate."""
 
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isotach.ops import sharding
+from isotach.ops.backends import has_kernels
 
 Activation = Literal["none", "silu", "sigmoid"]
 
@@ -76,16 +76,8 @@ def _kernel(
 
 def _fused(o: Tensor, gate: Tensor, width: int) -> bool:
     """Whether a kernel takes these."""
-    return width <= WIDEST and torch.float64 not in (o.dtype, gate.dtype) and _loaded(o.device.type)
-
-
-@torch.compiler.assume_constant_result  # which cannot trace an import
-def _loaded(device: str) -> bool:
-    if device != "cuda" or find_spec("triton") is None:
-        return False
-    import isotach.ops.triton.gated_norm  # noqa: F401
-
-    return True
+    wide = width > WIDEST or torch.float64 in (o.dtype, gate.dtype)
+    return not wide and has_kernels("gated_norm", o.device.type)
 
 
 def l2norm(x: Float[Tensor, "... D"], *, eps: float = 1e-6) -> Float[Tensor, "... D"]:

@@ -143,6 +143,15 @@ def _load(module: str, device: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
+def has_kernels(name: str, device: str) -> bool:
+    """Whether isotach.ops.triton.NAME can serve `device`; then it is imported. For kernels that belong to no family."""
+    if device != "cuda" or find_spec("triton") is None:
+        return False
+    import_module(f"isotach.ops.triton.{name}")
+    return True
+
+
+@torch.compiler.assume_constant_result
 def _announce(family: str, device: str, choice: str) -> bool:
     if (family, device, choice) not in _announced:
         _announced.add((family, device, choice))

@@ -17,7 +17,6 @@ FlashSampling (arXiv:2603.15854) for the fused form; Philox is Salmon et al., "P
 """
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
@@ -25,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isotach import shapes
+from isotach.ops.backends import has_kernels
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -134,7 +134,7 @@ def sample(
     fit.
     """
     _check(hidden, weight, key, tilt)
-    if backend == "triton" or (backend == "auto" and hidden.is_cuda and find_spec("triton")):
+    if backend == "triton" or (backend == "auto" and has_kernels("sampling", hidden.device.type)):
         from isotach.ops.triton.sampling import sample as fused
 
         return fused(hidden, weight, key, tilt, samples=samples, start=start)

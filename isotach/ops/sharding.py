@@ -5,8 +5,8 @@ nothing is exchanged. What has no such axis is whole everywhere, and its gradien
 Anything else that is spread is gathered first. So a layer whose projections are split by heads needs nothing but
 that, and the sum behind its last projection.
 
-Operators are declared where they are defined, by the axes that their family declares; PyTorch's rules are made of that
-once there is a tensor to be split, for importing what they need takes as long as importing everything else.
+Operators are declared where they are defined, by the axes that their family declares. PyTorch's rules, whose interface
+is experimental, are made of that where such a tensor is first met, so nobody else depends on it.
 """
 
 import sys

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from isotach.bench import ops
 from isotach.bench.families import Shape
+from isotach.errors import UserError
 from isotach.ops.decay import Decay
 from isotach.ops.triton import decay
 from tests.unit.interpreter import interpreted
@@ -33,7 +34,7 @@ def family(monkeypatch: pytest.MonkeyPatch) -> tune.Family:
     interpreted(monkeypatch, Decay)
     monkeypatch.setattr(ops, "SMALL", TINY)
     monkeypatch.setattr(tune, "SMALL", TINY)
-    return tune.families()["decay"]._replace(tried={"chunk": (16, 32, 64), "block": (16,)})
+    return tune.FAMILIES["decay"]._replace(tried={"chunk": (16, 32, 64), "block": (16,)})
 
 
 def test_every_configuration_is_timed(family: tune.Family) -> None:
@@ -66,6 +67,19 @@ def test_what_fails_is_told_and_the_others_go_on(family: tune.Family, monkeypatc
 
 def test_no_configuration_is_begun_when_time_is_up(family: tune.Family) -> None:
     assert tuned(family, minutes=-1.0) == []
+
+
+@pytest.mark.parametrize("name", tune.FAMILIES)
+def test_every_family_has_a_table(name: str) -> None:
+    family = tune.FAMILIES[name]
+    for kept in family.table.values():
+        assert family.tried.keys() <= kept._asdict().keys()
+        assert sum(1 for _ in tune.configurations(kept, family.tried)) > 10
+
+
+def test_a_width_that_no_kernel_takes_is_refused(family: tune.Family) -> None:
+    with pytest.raises(UserError, match="tune: expected heads of at most 256, got 300"):
+        tuned(family, shape=TINY._replace(width=300))
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
